@@ -1,0 +1,1 @@
+"""Reading DeepSeek-V4 checkpoints: `names` (one table of tensor names and shapes) and `loader`."""

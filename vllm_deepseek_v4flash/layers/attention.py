@@ -1,0 +1,126 @@
+"""Window, CSA and HCA attention: one module, three kinds of layer (spec section 3.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.caches import LayerCaches, LayerStep
+from ..compat import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    get_tensor_model_parallel_world_size,
+)
+from ..config import DeepseekV4Config, LayerKind
+from ..ops.apply_rope import apply_rope
+from ..ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
+from ..ops.sparse_attention import sparse_attention
+from .compressor import Compressor
+from .indexer import Indexer
+from .linear import GroupedLinear
+from .norm import RMSNorm
+from .parallel import shard_rows
+
+
+class DeepseekV4Attention(nn.Module):
+    """Low-rank queries, one shared key-value row per token, grouped low-rank output.
+
+    Heads and output groups are split over the tensor-parallel ranks; everything that is computed once per token (kv rows,
+    compressors, indexer) is computed on every rank.
+    """
+
+    def __init__(
+        self, config: DeepseekV4Config, layer: int, caches: LayerCaches, *, quant_config: Any, prefix: str
+    ) -> None:
+        super().__init__()
+        kind, ratio = config.layer_kinds[layer], config.compress_ratios[layer]
+        tp_size = get_tensor_model_parallel_world_size()
+        if config.o_groups % tp_size:
+            raise ValueError(
+                f"tensor parallel size {tp_size} must divide the {config.o_groups} output groups (o_groups)"
+            )
+        self.heads, self.groups = config.num_attention_heads // tp_size, config.o_groups // tp_size
+        self.dim, self.window_size, self.ratio = config.head_dim, config.sliding_window, ratio
+        self.scale, self.eps = config.head_dim**-0.5, config.rms_norm_eps
+        hidden, q_rank = config.hidden_size, config.q_lora_rank
+        plain: dict[str, Any] = {"bias": False, "quant_config": quant_config, "return_bias": False}
+
+        self.wq_a = ReplicatedLinear(hidden, q_rank, prefix=f"{prefix}.wq_a", **plain)
+        self.q_norm = RMSNorm(q_rank, self.eps)
+        self.wq_b = ColumnParallelLinear(
+            q_rank, config.num_attention_heads * self.dim, prefix=f"{prefix}.wq_b", **plain
+        )
+        self.wkv = ReplicatedLinear(hidden, self.dim, prefix=f"{prefix}.wkv", **plain)
+        self.kv_norm = RMSNorm(self.dim, self.eps)
+        self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
+        shard_rows(self.attn_sink)
+        self.wo_a = GroupedLinear(
+            config.o_groups,
+            config.num_attention_heads // config.o_groups * self.dim,
+            config.o_lora_rank,
+            quant_config=quant_config,
+            prefix=f"{prefix}.wo_a",
+        )
+        self.wo_b = RowParallelLinear(
+            config.o_groups * config.o_lora_rank, hidden, input_is_parallel=True, prefix=f"{prefix}.wo_b", **plain
+        )
+        self.compressor: Compressor | None = None
+        self.indexer: Indexer | None = None
+        if kind is not LayerKind.WINDOW:
+            self.compressor = Compressor(
+                hidden, self.dim, ratio, overlap=kind is LayerKind.CSA, eps=self.eps,
+                quant_config=quant_config, prefix=f"{prefix}.compressor",
+            )  # fmt: skip
+        if kind is LayerKind.CSA:
+            self.indexer = Indexer(config, ratio, quant_config=quant_config, prefix=f"{prefix}.indexer")
+        self.caches = caches
+
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend and write the caches.
+
+        Args:
+            x: [T, hidden], normed. positions: [T] int64.
+            cos_sin: [T, R] fp32 and inv_freq: [R/2] fp32, of this kind of layer.
+
+        Returns:
+            [T, hidden], the dtype of `x`.
+        """
+        qr = self.q_norm(self.wq_a(x))
+        q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
+        kv = self.kv_norm(self.wkv(x))
+        o = torch.zeros_like(q)
+        step = self.caches.step(positions)
+        if step is not None:
+            n = step.positions.shape[0]
+            o[:n] = self._attend(x[:n], qr[:n], q[:n], kv[:n], cos_sin[:n], inv_freq, step)
+        o = apply_rope(o, cos_sin, inverse=True)
+        return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
+
+    def _attend(
+        self,
+        x: torch.Tensor,
+        qr: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        inv_freq: torch.Tensor,
+        step: LayerStep,
+    ) -> torch.Tensor:
+        q = qnorm_rope_kv_insert(q, kv, cos_sin, step.window, step.window_slots, eps=self.eps)
+        entries = indices = None
+        if self.compressor is not None:
+            assert step.main is not None
+            self.compressor(x, inv_freq, step, step.main)
+            entries = step.main.entries
+        if self.indexer is not None:
+            indices = self.indexer(x, qr, cos_sin, inv_freq, step)
+        return sparse_attention(
+            q, self.attn_sink, step.positions, step.request, step.window,
+            window_size=self.window_size, scale=self.scale,
+            entries=entries, indices=indices, ratio=self.ratio, max_entries=step.max_entries,
+        )  # fmt: skip

@@ -1,0 +1,133 @@
+"""Mixture of experts: router, routed experts, shared expert (spec section 3.8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    set_weight_attrs,
+    tensor_model_parallel_all_reduce,
+)
+from ..config import DeepseekV4Config
+from ..ops.fused_experts import fused_experts
+from ..ops.route import route
+from ..ops.swiglu import swiglu
+from .linear import Fp32Linear
+
+
+class Router(Fp32Linear):
+    """Scores in fp32; the first `num_hash_layers` layers choose by token id, the others by biased top-k."""
+
+    def __init__(self, config: DeepseekV4Config, layer: int, *, quant_config: Any, prefix: str) -> None:
+        super().__init__(config.hidden_size, config.n_routed_experts, quant_config=quant_config, prefix=prefix)
+        self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.renormalize = config.norm_topk_prob
+        self.hashed = layer < config.num_hash_layers
+        if self.hashed:
+            table = torch.empty(config.vocab_size, self.topk, dtype=torch.int32)
+            self.tid2eid = nn.Parameter(table, requires_grad=False)
+        else:
+            bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def select(self, x: torch.Tensor, input_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, hidden] and token ids [T] to weights [T, K] fp32 and expert indices [T, K] int64."""
+        expert_ids = None
+        if self.hashed:
+            if input_ids is None:
+                raise ValueError("hash-routed layers need token ids: prompts given as embeddings cannot be served")
+            expert_ids = self.tid2eid[input_ids]
+        return route(
+            self(x), self.topk, bias=None if self.hashed else self.bias, expert_ids=expert_ids,
+            scaling=self.scaling, renormalize=self.renormalize,
+        )  # fmt: skip
+
+
+class RoutedExperts(nn.Module):
+    """The routed experts' weights, stacked: w13_weight [E, 2I, H] and w2_weight [E, H, I].
+
+    With tensor parallelism every rank holds a slice of each expert's I; with expert parallelism, whole experts.
+    """
+
+    def __init__(self, config: DeepseekV4Config, *, expert_parallel: bool) -> None:
+        super().__init__()
+        tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        experts, inner = config.n_routed_experts, config.moe_intermediate_size
+        split, what = (experts, "n_routed_experts") if expert_parallel else (inner, "moe_intermediate_size")
+        if split % tp_size:
+            raise ValueError(f"tensor parallel size {tp_size} must divide {what}, {split}")
+        self.limit = config.swiglu_limit
+        self.local_experts = experts // tp_size if expert_parallel else experts
+        self.first_expert = tp_rank * self.local_experts if expert_parallel else 0
+        self.inner = inner if expert_parallel else inner // tp_size
+        self.first_inner = 0 if expert_parallel else tp_rank * self.inner
+        shapes = {
+            "w13_weight": (self.local_experts, 2 * self.inner, config.hidden_size),
+            "w2_weight": (self.local_experts, config.hidden_size, self.inner),
+        }
+        for name, shape in shapes.items():
+            param = nn.Parameter(torch.empty(shape), requires_grad=False)
+            set_weight_attrs(param, {"weight_loader": self._load})
+            self.register_parameter(name, param)
+
+    def _load(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: str, expert_id: int) -> None:
+        """Copy this rank's part of one expert's w1, w3 [I, H] or w2 [H, I]."""
+        expert = expert_id - self.first_expert
+        if not 0 <= expert < self.local_experts:
+            return
+        part = loaded.narrow(1 if shard_id == "w2" else 0, self.first_inner, self.inner)
+        target = param.data[expert]
+        if shard_id != "w2":
+            target = target.chunk(2)[0 if shard_id == "w1" else 1]
+        target.copy_(part)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+        """[T, H] to this rank's part of the sum, [T, H] fp32."""
+        return fused_experts(
+            x, self.w13_weight, self.w2_weight, weights, expert_ids,
+            swiglu_limit=self.limit, first_expert=self.first_expert,
+        )  # fmt: skip
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token visits, with the same clamp and weight 1."""
+
+    def __init__(self, config: DeepseekV4Config, *, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        plain: dict[str, Any] = {"bias": False, "quant_config": quant_config, "return_bias": False}
+        self.w1 = ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w1", **plain)
+        self.w3 = ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w3", **plain)
+        self.w2 = RowParallelLinear(
+            inner, hidden, input_is_parallel=True, reduce_results=False, prefix=f"{prefix}.w2", **plain
+        )
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] to this rank's part of the output, [T, H], same dtype."""
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared one, summed in fp32."""
+
+    def __init__(
+        self, config: DeepseekV4Config, layer: int, *, expert_parallel: bool, quant_config: Any, prefix: str
+    ) -> None:
+        super().__init__()
+        self.gate = Router(config, layer, quant_config=quant_config, prefix=f"{prefix}.gate")
+        self.experts = RoutedExperts(config, expert_parallel=expert_parallel)
+        self.shared_experts = SharedExpert(config, quant_config=quant_config, prefix=f"{prefix}.shared_experts")
+
+    def forward(self, x: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """[T, H] normed, token ids [T] for the hash layers; to [T, H], same dtype."""
+        weights, expert_ids = self.gate.select(x, input_ids)
+        out = self.experts(x, weights, expert_ids) + self.shared_experts(x).float()
+        return tensor_model_parallel_all_reduce(out.to(x.dtype))

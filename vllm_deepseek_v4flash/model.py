@@ -1,0 +1,191 @@
+"""DeepSeek-V4 as vLLM runs it, in the order of the paper (spec section 3).
+
+Every token is carried by `hc_mult` residual streams. A layer mixes them into one vector, attends, spreads the result back over
+the streams, and does the same around its experts. What a layer attends to besides the sliding window is its kind: nothing
+(window), 512 compressed entries chosen by the lightning indexer (CSA, ratio 4), or all entries (HCA, ratio 128).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention.caches import LayerCaches
+from .attention.formats import CacheFormats
+from .checkpoint.loader import load_weights
+from .compat import (
+    IntermediateTensors,
+    LogitsProcessor,
+    ParallelLMHead,
+    SupportsPP,
+    VllmConfig,
+    VocabParallelEmbedding,
+    extract_layer_index,
+    get_pp_group,
+    make_layers,
+    maybe_prefix,
+)
+from .config import DeepseekV4Config, LayerKind
+from .layers.attention import DeepseekV4Attention
+from .layers.hyper_connections import mixing_parameters
+from .layers.moe import MoE
+from .layers.norm import RMSNorm
+from .layers.rotary import RotaryEmbedding
+from .ops.mhc_head import mhc_head
+from .ops.mhc_post import mhc_post
+from .ops.mhc_pre import mhc_pre
+
+
+class DeepseekV4DecoderLayer(nn.Module):
+    """Attention and experts, each between a hyper-connection's two halves (spec section 3.2)."""
+
+    def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, formats: CacheFormats, prefix: str) -> None:
+        super().__init__()
+        layer = extract_layer_index(prefix)
+        self.kind = config.layer_kinds[layer]
+        registry = vllm_config.compilation_config.static_forward_context
+        caches = LayerCaches(config, layer, formats, prefix=f"{prefix}.attn", registry=registry)
+        quant_config = vllm_config.quant_config
+        self.attn = DeepseekV4Attention(config, layer, caches, quant_config=quant_config, prefix=f"{prefix}.attn")
+        self.ffn = MoE(
+            config,
+            layer,
+            expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
+            quant_config=quant_config,
+            prefix=f"{prefix}.ffn",
+        )
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        mixing_parameters(self, "hc_attn", config)
+        mixing_parameters(self, "hc_ffn", config)
+        self.mhc: dict[str, Any] = {
+            "norm_eps": config.rms_norm_eps,
+            "hc_eps": config.hc_eps,
+            "sinkhorn_iters": config.hc_sinkhorn_iters,
+        }
+
+    def forward(
+        self,
+        streams: torch.Tensor,
+        positions: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        cos_sin: torch.Tensor,
+        inv_freq: torch.Tensor,
+    ) -> torch.Tensor:
+        """[T, hc_mult, hidden] to the same; cos_sin [T, R] and inv_freq [R/2] are those of the layer's kind."""
+        x, post, comb = mhc_pre(streams, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base, **self.mhc)
+        x = self.attn(self.attn_norm(x), positions, cos_sin, inv_freq)
+        streams = mhc_post(x, streams, post, comb)
+        x, post, comb = mhc_pre(streams, self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base, **self.mhc)
+        x = self.ffn(self.ffn_norm(x), input_ids)
+        return mhc_post(x, streams, post, comb)
+
+
+class DeepseekV4Model(nn.Module):
+    """Embedding, this pipeline stage's layers, and on the last stage the merge of the streams."""
+
+    def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        stage = get_pp_group()
+        if stage.is_first_rank:
+            self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed")
+        formats = CacheFormats.select(
+            config,
+            vllm_config.cache_config.cache_dtype,
+            (vllm_config.additional_config or {}).get("index_cache_dtype", "auto"),
+            vllm_config.model_config.dtype,
+        )
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: DeepseekV4DecoderLayer(config, vllm_config, formats, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        # One set of frequencies for window layers, one for the compressed ones.
+        self.rope_window = RotaryEmbedding(config, LayerKind.WINDOW)
+        self.rope_compressed = RotaryEmbedding(config, LayerKind.CSA)
+        if stage.is_last_rank:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            mixing_parameters(self, "hc_head", config, head=True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Token ids and positions [T] to [T, hidden]; between pipeline stages the streams [T, hc_mult, hidden] travel."""
+        stage = get_pp_group()
+        if stage.is_first_rank:
+            hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+            streams = hidden[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+        else:
+            assert intermediate_tensors is not None
+            streams = intermediate_tensors["streams"]
+        window, compressed = self.rope_window, self.rope_compressed
+        tables = window(positions), compressed(positions)
+        for layer in self.layers[self.start_layer : self.end_layer]:
+            rope, cos_sin = (window, tables[0]) if layer.kind is LayerKind.WINDOW else (compressed, tables[1])
+            streams = layer(streams, positions, input_ids, cos_sin, rope.inv_freq)
+        if not stage.is_last_rank:
+            return IntermediateTensors({"streams": streams})
+        hidden = mhc_head(
+            streams, self.hc_head_fn, self.hc_head_scale, self.hc_head_base,
+            norm_eps=self.config.rms_norm_eps, hc_eps=self.config.hc_eps,
+        )  # fmt: skip
+        return self.norm(hidden)
+
+
+class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
+    """The class that vLLM constructs for the architecture `DeepseekV4ForCausalLM`."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
+        self.dtype = vllm_config.model_config.dtype
+        self.model = DeepseekV4Model(self.config, vllm_config, maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.head = ParallelLMHead(
+                self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "head")
+            )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        # V4's head is fp32 (spec section 3.9).
+        self.logits_processor.head_dtype = torch.float32
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, hidden]."""
+        return self.model.embed(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """One step: [T] token ids and positions to the normed hidden states [T, hidden] (or streams, between stages)."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[N, hidden] to [N, vocab_size] fp32; None on tensor-parallel ranks that do not sample."""
+        return self.logits_processor(self.head, hidden_states)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """What a later pipeline stage receives for `batch_size` tokens."""
+        shape = (batch_size, self.config.hc_mult, self.config.hidden_size)
+        return IntermediateTensors({"streams": torch.zeros(shape, dtype=dtype, device=device)})
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint under any of its names; returns the names of the parameters that were filled."""
+        stage = get_pp_group()
+        return load_weights(
+            self, self.config, weights,
+            local_layers=range(self.model.start_layer, self.model.end_layer),
+            first_stage=stage.is_first_rank, last_stage=stage.is_last_rank,
+        )  # fmt: skip

@@ -1,0 +1,26 @@
+"""Interleaved rotary embedding of the last dimensions of a head (spec section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_dtype, check_shape
+from .dispatch import implementation
+
+
+def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
+    """Rotate the pairs (2k, 2k+1) of the last R dimensions of every head; the others pass through.
+
+    Args:
+        x: [T, D] or [T, H, D], floating.
+        cos_sin: [T, R] fp32: the R/2 cosines of each token's position, then its R/2 sines.
+        inverse: rotate back, as the attention output needs.
+
+    Returns:
+        The shape and dtype of `x`; the rotation itself is fp32.
+    """
+    check_shape("cos_sin", cos_sin, (x.shape[0], None))
+    check_dtype("cos_sin", cos_sin, torch.float32)
+    if cos_sin.shape[1] > x.shape[-1] or cos_sin.shape[1] % 2:
+        raise ValueError(f"cannot rotate {cos_sin.shape[1]} of {x.shape[-1]} dimensions: need an even number within them")
+    return implementation("apply_rope", x.device)(x, cos_sin, inverse=inverse)

@@ -1,0 +1,20 @@
+"""Argument checks shared by the ops: a wrong shape is named before any kernel sees it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `tensor` has shape `expected`; None stands for any size."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(expected) or any(e is not None and e != s for s, e in zip(shape, expected, strict=True)):
+        wanted = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(shape)}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """Raise ValueError unless `tensor.dtype` is one of `allowed`."""
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(d) for d in allowed)
+        raise ValueError(f"{name} must be {names}, got {tensor.dtype}")

@@ -1,0 +1,31 @@
+"""The weighted sum of the residual streams that the final norm reads (spec section 3.3, `hc_head`)."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_dtype, check_shape
+from .dispatch import implementation
+
+
+def mhc_head(
+    streams: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, *, norm_eps: float, hc_eps: float
+) -> torch.Tensor:
+    """`sum_i (sigmoid(m[i] scale + base[i]) + hc_eps) streams[i]` with m as in `mhc_pre`; no Sinkhorn.
+
+    Args:
+        streams: [T, n, H], floating.
+        fn: [n, n H] fp32.
+        scale: [1] fp32.
+        base: [n] fp32.
+
+    Returns:
+        [T, H], the dtype of `streams`.
+    """
+    _, n, hidden = streams.shape
+    check_shape("fn", fn, (n, n * hidden))
+    check_shape("scale", scale, (1,))
+    check_shape("base", base, (n,))
+    for name, tensor in (("fn", fn), ("scale", scale), ("base", base)):
+        check_dtype(name, tensor, torch.float32)
+    return implementation("mhc_head", streams.device)(streams, fn, scale, base, norm_eps=norm_eps, hc_eps=hc_eps)

@@ -1,0 +1,29 @@
+"""Manifold-constrained hyper-connections, leaving a sublayer (spec section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_dtype, check_shape
+from .dispatch import implementation
+
+
+def mhc_post(x: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """`streams'[k] = post[k] x + sum_j comb[j, k] streams[j]`, in fp32, cast once.
+
+    Args:
+        x: [T, H] output of the sublayer.
+        streams: [T, n, H], as they were before `mhc_pre`.
+        post: [T, n] fp32.
+        comb: [T, n, n] fp32, indexed [source, destination].
+
+    Returns:
+        [T, n, H], the dtype of `streams`.
+    """
+    num_tokens, n, hidden = streams.shape
+    check_shape("x", x, (num_tokens, hidden))
+    check_shape("post", post, (num_tokens, n))
+    check_shape("comb", comb, (num_tokens, n, n))
+    check_dtype("post", post, torch.float32)
+    check_dtype("comb", comb, torch.float32)
+    return implementation("mhc_post", streams.device)(x, streams, post, comb)

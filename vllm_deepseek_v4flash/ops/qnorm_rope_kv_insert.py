@@ -1,0 +1,30 @@
+"""The last steps of a query and of a window row: norm, rotation, quantisation, store (spec section 3.5)."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_shape
+from .dispatch import implementation
+from .rows import PagedRows
+
+
+def qnorm_rope_kv_insert(
+    q: torch.Tensor, kv: torch.Tensor, cos_sin: torch.Tensor, window: PagedRows, slots: torch.Tensor, *, eps: float
+) -> torch.Tensor:
+    """Normalise (weightless, per head) and rotate the queries; rotate the kv rows and write them into the window cache.
+
+    Args:
+        q: [T, H, D] from wq_b. kv: [T, D] after kv_norm. Same dtype.
+        cos_sin: [T, R] fp32 at the tokens' positions.
+        window: the window cache; rows of D values.
+        slots: [T] int64, page * rows_per_page + row of each token, negative for padded tokens, which write nothing.
+        eps: `rms_norm_eps`.
+
+    Returns:
+        [T, H, D], the dtype of `q`.
+    """
+    num_tokens, _, head_dim = q.shape
+    check_shape("kv", kv, (num_tokens, head_dim))
+    check_shape("slots", slots, (num_tokens,))
+    return implementation("qnorm_rope_kv_insert", q.device)(q, kv, cos_sin, window, slots, eps=eps)

@@ -1,0 +1,1 @@
+"""PyTorch references of the ops, one file each, named like the op they define."""

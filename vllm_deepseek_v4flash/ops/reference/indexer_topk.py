@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+
+from ..rows import PagedRows, dequantise, quantise, read_rows
+
+_WORKSPACE = 1 << 24  # fp32 values gathered or scored at once
+
+
+def indexer_topk(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    entries: PagedRows,
+    positions: torch.Tensor,
+    request: torch.Tensor,
+    *,
+    ratio: int,
+    topk: int,
+    max_entries: int,
+) -> torch.Tensor:
+    num_tokens, heads, dim = q.shape
+    width = min(topk, max_entries)
+    selected = torch.empty((num_tokens, width), dtype=torch.int32, device=q.device)
+    if width == 0:
+        return selected
+    if entries.format.codec == "e2m1":
+        q = dequantise(*quantise(q.flatten(0, 1), entries.format), entries.format).view_as(q)
+    candidates = torch.arange(max_entries, device=q.device)
+    chunk = max(1, _WORKSPACE // (max_entries * (dim + heads)))
+    for start in range(0, num_tokens, chunk):
+        part = slice(start, start + chunk)
+        visible = candidates < ((positions[part] + 1) // ratio)[:, None]
+        keys = read_rows(entries, *entries.locate(request[part, None], candidates.where(visible, 0)), visible)
+        dots = torch.einsum("thd,tsd->ths", q[part].float(), keys).relu()
+        scores = torch.einsum("ths,th->ts", dots, weights[part]).masked_fill(~visible, -torch.inf)
+        best = scores.sort(dim=-1, descending=True, stable=True)
+        selected[part] = best.indices[:, :width].where(best.values[:, :width] > -torch.inf, -1).int()
+    return selected

@@ -1,0 +1,20 @@
+"""Cosines and sines of rotary angles (spec section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import implementation
+
+
+def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """The table that `apply_rope` takes: angles are the fp32 products that V4 was trained with.
+
+    Args:
+        positions: [T] integer.
+        inv_freq: [R/2] fp32, radians per token.
+
+    Returns:
+        [T, R] fp32: cosines, then sines.
+    """
+    return implementation("rope_table", positions.device)(positions, inv_freq)

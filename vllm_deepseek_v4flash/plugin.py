@@ -1,0 +1,232 @@
+"""What `register` does inside vLLM: the model class, the attention backend's name, the per-model config hook."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_deepseek_v4flash import DISABLE_ENV, logger_name
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import ModelConfig, VllmConfig
+
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+MODEL_PATH = "vllm_deepseek_v4flash.model:DeepseekV4ForCausalLM"
+BACKEND_NAME = "DEEPSEEK_V4FLASH"
+BACKEND_PATH = "vllm_deepseek_v4flash.attention.backend.DeepseekV4Backend"
+
+# vLLM's vision wrapper builds its text model by the architecture name that we take over.  It must keep getting
+# vLLM's own class (`build_in_tree_model`), which therefore stays reachable under this second name.
+IN_TREE_ARCHITECTURE = "DeepseekV4ForCausalLM_vllm_in_tree"
+
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla")
+QUANTIZATIONS: tuple[str, ...] = ()
+
+_MLA_DISABLE_ENV = "VLLM_MLA_DISABLE"
+# Marks our config hook: an isinstance check would miss one installed by an earlier import of this module.
+_HOOK_MARK = "vllm_deepseek_v4flash_hook"
+
+logger = logging.getLogger(logger_name(__name__))
+
+
+def install() -> str:
+    """Register everything in this process and return one line about it.
+
+    Raises whatever the model registration raises; then nothing else has been changed.  The attention backend's
+    name and the config hook are conveniences with a fallback each, so a failure there is only logged.
+    """
+    _register_model()
+    done = [f"{ARCHITECTURE} is served by {MODEL_PATH} instead of vLLM's in-tree class"]
+    try:
+        _register_attention_backend()
+        done.append(f"attention backend {BACKEND_NAME}")
+    except Exception as error:
+        # The model's layers hand vLLM their backend class directly; the name only serves listings.
+        logger.warning("vLLM's attention-backend registry has changed (%s): %s is not in it.", error, BACKEND_NAME)
+    try:
+        _install_config_reader()
+    except Exception as error:
+        logger.warning(
+            "vLLM's config registry has changed (%s): a DeepSeek-V4 config.json saved again by transformers may not "
+            "load; DeepSeek's own config.json does.",
+            error,
+        )
+    try:
+        _install_config_hook()
+    except Exception as error:
+        logger.warning(
+            "vLLM's per-model config hook has moved (%s): options that DeepSeek-V4 does not serve are not refused.",
+            error,
+        )
+        _disable_mla_on_cpu()
+    return f"{', '.join(done)}; {DISABLE_ENV}=1 leaves vLLM's in place."
+
+
+def _register_model() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    models = ModelRegistry.models
+    current = models.get(ARCHITECTURE)
+    if current is not None and getattr(current, "module_name", None) != MODEL_PATH.partition(":")[0]:
+        models[IN_TREE_ARCHITECTURE] = current
+    ModelRegistry.register_model(ARCHITECTURE, MODEL_PATH)
+
+
+def _register_attention_backend() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # vLLM raises on a second registration of a name, and the registry outlives a re-import of this package.
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, BACKEND_PATH)
+
+
+def _install_config_reader() -> None:
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from vllm_deepseek_v4flash.hf_config import reader_for
+
+    model_type = "deepseek_v4"
+    if model_type not in _CONFIG_REGISTRY:
+        return  # vLLM 0.33 reads it with transformers' class, which needs no help
+    current = _CONFIG_REGISTRY[model_type]
+    if not getattr(current, "reads_resaved_configs", False):
+        _CONFIG_REGISTRY[model_type] = reader_for(current)
+
+
+def build_in_tree_model(vllm_config: VllmConfig, prefix: str) -> nn.Module | None:
+    """vLLM's own text model if `vllm_config` is the inside of its vision wrapper, else None.
+
+    For `DeepseekV4ForCausalLM.__new__`: `DeepseekV4ForConditionalGeneration` stays with vLLM, but it resolves
+    its language model through the model registry, under the name that this plugin has taken over.
+    """
+    model_config = vllm_config.model_config
+    if not getattr(model_config.hf_config, "vision_n_layers", 0):
+        return None
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    in_tree, _ = ModelRegistry.resolve_model_cls([IN_TREE_ARCHITECTURE], model_config)
+    return initialize_model(vllm_config, prefix=prefix, model_class=in_tree)
+
+
+def _install_config_hook() -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    original = MODELS_CONFIG_MAP.get(ARCHITECTURE, VerifyAndUpdateConfig)
+    if getattr(original, _HOOK_MARK, False):
+        return
+    for name in ("verify_and_update_model_config", "verify_and_update_config"):
+        if not callable(getattr(original, name, None)):
+            raise AttributeError(f"{original.__name__}.{name} is missing")
+
+    class DeepseekV4FlashConfigHook(original):  # type: ignore[misc,valid-type]
+        """vLLM's hook for this architecture, preceded by what our model needs and refuses."""
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: ModelConfig) -> None:
+            check_model_config(model_config)
+            original.verify_and_update_model_config(model_config)
+            _use_paged_cache_on_cpu(model_config)
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            check_engine_config(vllm_config)
+            original.verify_and_update_config(vllm_config)
+
+    setattr(DeepseekV4FlashConfigHook, _HOOK_MARK, True)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = DeepseekV4FlashConfigHook
+
+
+def check_model_config(model_config: ModelConfig) -> None:
+    """Refuse a checkpoint that cannot be served, before anything is loaded: ValueError with what to do."""
+    from vllm_deepseek_v4flash.config import DeepseekV4Config
+
+    DeepseekV4Config.from_hf(model_config.hf_config)
+    method = model_config.quantization or _quant_method(model_config.hf_config)
+    if method is not None and method not in QUANTIZATIONS:
+        raise ValueError(
+            f"quantization {method!r} of {model_config.model!r}: 4-bit and FP8 weights are not served yet by this "
+            f"version of vllm-deepseek-v4flash, only unquantised bfloat16, float16 and float32. Use an "
+            f"unquantised checkpoint, or set {DISABLE_ENV}=1 for vLLM's in-tree model."
+        )
+
+
+def _quant_method(hf_config: Any) -> str | None:
+    """`quantization_config.quant_method` of a checkpoint, which may be a mapping, an object, or absent."""
+    quantization = getattr(hf_config, "quantization_config", None)
+    if not quantization:
+        return None
+    if isinstance(quantization, Mapping):
+        method = quantization.get("quant_method", "unnamed")
+    else:
+        method = getattr(quantization, "quant_method", "unnamed")
+    return str(getattr(method, "value", method))
+
+
+def check_engine_config(vllm_config: VllmConfig) -> None:
+    """Refuse the options that this model does not implement: ValueError with the option, its value, the mend."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None:
+        raise ValueError(
+            f"--speculative-config (method {getattr(speculative, 'method', None)!r}) is not served yet with "
+            f"DeepSeek-V4 by vllm-deepseek-v4flash, and vLLM's in-tree drafts cannot drive its model. Start "
+            f"without --speculative-config, or set {DISABLE_ENV}=1 for vLLM's in-tree model."
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(
+            f"--kv-cache-dtype {cache_dtype} is not a row format of DeepSeek-V4's cache in vllm-deepseek-v4flash; "
+            f"allowed: {', '.join(KV_CACHE_DTYPES)}. Start without --kv-cache-dtype for the default."
+        )
+    parallel = vllm_config.parallel_config
+    for option, why in (
+        ("decode_context_parallel_size", "its compressed entries cannot be sharded over tokens"),
+        ("prefill_context_parallel_size", "its compressors read across the chunk boundaries"),
+    ):
+        size = getattr(parallel, option, 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {size} is not served with DeepSeek-V4 by vllm-deepseek-v4flash: "
+                f"{why}. Use 1; tensor and pipeline parallelism work."
+            )
+    if parallel.data_parallel_size > 1 and parallel.enable_expert_parallel:
+        raise ValueError(
+            f"--data-parallel-size {parallel.data_parallel_size} with --enable-expert-parallel is not served with "
+            f"DeepSeek-V4 by vllm-deepseek-v4flash: experts are sharded inside the tensor-parallel group only. "
+            f"Drop one of the two options."
+        )
+
+
+def _use_paged_cache_on_cpu(model_config: ModelConfig) -> None:
+    """Keep chunked prefill and prefix caching on a CPU, for this model only.
+
+    vLLM's CPU platform turns both off for models with `use_mla`, because its own CPU MLA kernel supports
+    neither.  Ours does; `VLLM_MLA_DISABLE` would say so as well, but for every model in the process.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    # An absent or renamed field raises, or leaves use_mla true: both end at the same fallback.
+    with contextlib.suppress(AttributeError, TypeError):
+        model_config.model_arch_config = dataclasses.replace(model_config.model_arch_config, is_deepseek_mla=False)
+    if getattr(model_config, "use_mla", False):
+        logger.warning("vLLM's ModelConfig.use_mla no longer follows model_arch_config.is_deepseek_mla.")
+        _disable_mla_on_cpu()
+
+
+def _disable_mla_on_cpu() -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and _MLA_DISABLE_ENV not in os.environ:
+        os.environ[_MLA_DISABLE_ENV] = "1"
+        logger.warning(
+            "Set %s=1 so that chunked prefill and prefix caching stay on for DeepSeek-V4 on this CPU; it changes "
+            "other MLA models in this process as well. Set it yourself to choose.",
+            _MLA_DISABLE_ENV,
+        )
