@@ -91,8 +91,8 @@ class DeepseekV4Config:
     tie_word_embeddings: bool
     num_nextn_predict_layers: int
     expert_dtype: str | None
-    bos_token_id: int | None
-    eos_token_id: int | tuple[int, ...] | None
+    bos_token_id: int
+    eos_token_id: int | tuple[int, ...]
 
     @classmethod
     def from_hf(cls, hf_config: Any) -> DeepseekV4Config:
@@ -145,7 +145,7 @@ class DeepseekV4Config:
             tie_word_embeddings=source.boolean("tie_word_embeddings", False),
             num_nextn_predict_layers=source.integer("num_nextn_predict_layers", 1, minimum=0),
             expert_dtype=source.string("expert_dtype", None),
-            bos_token_id=_bos_token(source),
+            bos_token_id=source.integer("bos_token_id", 0, minimum=0),
             eos_token_id=_eos_token(source),
         )
         _check_relations(config)
@@ -412,16 +412,11 @@ def _rope_scaling(parameters: Mapping[str, Any], field: str) -> RopeScaling | No
     )
 
 
-def _bos_token(source: _Source) -> int | None:
-    value = source.get("bos_token_id")
-    return None if value is None else _as_integer("bos_token_id", value, minimum=0)
-
-
-def _eos_token(source: _Source) -> int | tuple[int, ...] | None:
-    value = source.get("eos_token_id")
+def _eos_token(source: _Source) -> int | tuple[int, ...]:
+    value = source.get("eos_token_id", 1)
     if isinstance(value, (list, tuple)):
         return tuple(_as_integer("eos_token_id", token, minimum=0) for token in value)
-    return None if value is None else _as_integer("eos_token_id", value, minimum=0)
+    return _as_integer("eos_token_id", value, minimum=0)
 
 
 def _check_relations(config: DeepseekV4Config) -> None:

@@ -14,6 +14,7 @@ which the sliding window retains.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,10 +41,9 @@ def window_spec(fmt: RowFormat, window: int, block_tokens: int = WINDOW_BLOCK_TO
     return SlidingWindowMLASpec(
         block_size=block_tokens,
         num_kv_heads=1,
-        head_size=fmt.row_size,
+        head_size=_row_size(fmt, block_tokens),
         dtype=fmt.dtype,
         sliding_window=window,
-        alignment=PAGE_ALIGNMENT,
     )
 
 
@@ -56,11 +56,16 @@ def entry_spec(fmt: RowFormat, ratio: int, block_tokens: int = BLOCK_TOKENS) -> 
     return MLAAttentionSpec(
         block_size=block_tokens,
         num_kv_heads=1,
-        head_size=fmt.row_size,
+        head_size=_row_size(fmt, block_tokens // ratio),
         dtype=fmt.dtype,
         tokens_per_state=ratio,
-        alignment=PAGE_ALIGNMENT,
     )
+
+
+def _row_size(fmt: RowFormat, rows: int) -> int:
+    """Elements that vLLM accounts for a row, so that a page of `rows` is a multiple of PAGE_ALIGNMENT bytes."""
+    unit = PAGE_ALIGNMENT // math.gcd(PAGE_ALIGNMENT, rows * fmt.dtype.itemsize)
+    return -(-fmt.row_size // unit) * unit
 
 
 def state_spec(fmt: RowFormat, ratio: int, overlap: bool) -> SlidingWindowMLASpec:
@@ -121,7 +126,8 @@ class PagedCache(nn.Module, AttentionLayerBase):
         self.name, self.layer, self.config, self.formats, self.prefix = name, layer, config, formats, prefix
         spec, self.format = layer_specs(config, layer, formats)[name]
         self.rows_per_page = spec.block_size // spec.tokens_per_state
-        self.pages: torch.Tensor | None = None
+        # vLLM's own name for the bound memory: it zeroes, resets and puts to sleep through this attribute.
+        self.kv_cache = torch.tensor([])
 
     def get_attn_backend(self) -> type:
         from .backend import DeepseekV4Backend
@@ -136,11 +142,11 @@ class PagedCache(nn.Module, AttentionLayerBase):
         return spec
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take vLLM's view [pages, 1, rows, row_size], whose pages are strided, as [pages, rows * row_size]."""
-        self.pages = kv_cache.squeeze(1).flatten(1)
+        """Take vLLM's view [pages, 1, rows, row_size]; its pages are strided, each is contiguous."""
+        self.kv_cache = kv_cache
 
     def rows(self, metadata: DeepseekV4Metadata) -> PagedRows:
         """The cache as the ops address it in this step."""
-        if self.pages is None:
+        if self.kv_cache.ndim != 4:
             raise RuntimeError(f"vLLM has not bound memory to the cache {self.prefix}")
-        return PagedRows(self.pages, self.rows_per_page, self.format, metadata.block_table)
+        return PagedRows(self.kv_cache.squeeze(1).flatten(1), self.rows_per_page, self.format, metadata.block_table)

@@ -209,8 +209,8 @@ class _Load:
             lines.append(f"  ... and {len(self.problems) - _MAX_LISTED} more")
         if counts["quantised"]:
             lines.append(
-                "The quantised tensors (float8, int8 or packed 4 bit) came to an unquantised load: config.json has "
-                "no quantization_config that this package serves. Use a bf16, fp16 or fp32 copy of the weights."
+                "Quantised tensors (float8, int8 or packed 4 bit) came to an unquantised load: config.json "
+                "has no quantization_config that this package serves. Use a bf16, fp16 or fp32 copy."
             )
         return "\n".join(lines)
 
