@@ -1,8 +1,9 @@
 """DeepSeek-V4 as vLLM runs it, in the order of the paper (spec section 3).
 
-Every token is carried by `hc_mult` residual streams. A layer mixes them into one vector, attends, spreads the result back over
-the streams, and does the same around its experts. What a layer attends to besides the sliding window is its kind: nothing
-(window), 512 compressed entries chosen by the lightning indexer (CSA, ratio 4), or all entries (HCA, ratio 128).
+Every token is carried by `hc_mult` residual streams. A layer mixes them into one vector, attends, spreads the result
+back over the streams, and does the same around its experts. What a layer attends to besides the sliding window is its
+kind: nothing (window), 512 compressed entries chosen by the lightning indexer (CSA, ratio 4), or all entries (HCA,
+ratio 128).
 """
 
 from __future__ import annotations
@@ -37,10 +38,18 @@ from .layers.rotary import RotaryEmbedding
 from .ops.mhc_head import mhc_head
 from .ops.mhc_post import mhc_post
 from .ops.mhc_pre import mhc_pre
+from .plugin import build_in_tree_model
 
 
 class DeepseekV4DecoderLayer(nn.Module):
     """Attention and experts, each between a hyper-connection's two halves (spec section 3.2)."""
+
+    hc_attn_fn: torch.Tensor
+    hc_attn_scale: torch.Tensor
+    hc_attn_base: torch.Tensor
+    hc_ffn_fn: torch.Tensor
+    hc_ffn_scale: torch.Tensor
+    hc_ffn_base: torch.Tensor
 
     def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, formats: CacheFormats, prefix: str) -> None:
         super().__init__()
@@ -87,6 +96,10 @@ class DeepseekV4DecoderLayer(nn.Module):
 class DeepseekV4Model(nn.Module):
     """Embedding, this pipeline stage's layers, and on the last stage the merge of the streams."""
 
+    hc_head_fn: torch.Tensor
+    hc_head_scale: torch.Tensor
+    hc_head_base: torch.Tensor
+
     def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.config = config
@@ -118,7 +131,7 @@ class DeepseekV4Model(nn.Module):
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Token ids and positions [T] to [T, hidden]; between pipeline stages the streams [T, hc_mult, hidden] travel."""
+        """Token ids and positions [T] to [T, hidden], or to the streams [T, hc_mult, hidden] between stages."""
         stage = get_pp_group()
         if stage.is_first_rank:
             hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -142,6 +155,11 @@ class DeepseekV4Model(nn.Module):
 
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     """The class that vLLM constructs for the architecture `DeepseekV4ForCausalLM`."""
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        # vLLM's vision wrapper asks the registry for its text model under our name and must get vLLM's own class.
+        in_tree = build_in_tree_model(vllm_config, prefix)
+        return super().__new__(cls) if in_tree is None else in_tree
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -167,7 +185,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """One step: [T] token ids and positions to the normed hidden states [T, hidden] (or streams, between stages)."""
+        """Token ids and positions [T] to the normed hidden states [T, hidden]; between stages, to the streams."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

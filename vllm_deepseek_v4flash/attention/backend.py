@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,9 +14,9 @@ BACKEND_NAME = "DEEPSEEK_V4FLASH"
 
 
 class DeepseekV4Backend(AttentionBackend):
-    """Window, CSA and HCA attention over mixed page sizes. The layers call the ops themselves, so there is no impl class."""
+    """Window, CSA and HCA attention over pages of mixed sizes; the layers call the ops, so there is no impl class."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:
@@ -25,7 +25,7 @@ class DeepseekV4Backend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> Any:
         raise NotImplementedError(
-            f"{BACKEND_NAME} serves DeepSeek-V4's own layers only and has no implementation for other models' attention: "
+            f"{BACKEND_NAME} serves DeepSeek-V4's own layers only, no other model's attention: "
             "leave --attention-backend unset"
         )
 

@@ -7,18 +7,17 @@
 | states | one fp32 row [kv, gate] per token | sliding window over the tokens that an unfinished entry still pools |
 | index_entries, index_states | the same two for the indexer's keys | CSA layers |
 
-All are ordinary vLLM specs, so chunked prefill, prefix caching and preemption need nothing from the model. Prefix hits fall on
-multiples of 256 tokens, where an HCA window has just been completed and a CSA window needs the states of the one before it,
-which the sliding window retains.
+All are ordinary vLLM specs, so chunked prefill, prefix caching and preemption need nothing from the model. Prefix
+hits fall on multiples of 256 tokens, where an HCA window has just been completed and a CSA window needs the states of
+the one before it, which the sliding window retains.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..compat import AttentionLayerBase, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec, VllmConfig
 from ..config import BLOCK_TOKENS, DeepseekV4Config, LayerKind
@@ -111,15 +110,14 @@ def kv_bytes_per_token(config: DeepseekV4Config, formats: CacheFormats) -> float
     )
 
 
-class PagedCache(nn.Module, AttentionLayerBase):
+class PagedCache(AttentionLayerBase):
     """One cache of one layer: declares its spec to vLLM and receives its memory.
 
     Registers itself in vLLM's forward context under `prefix`, which must contain the layer index.
     """
 
     def __init__(self, name: str, layer: int, config: DeepseekV4Config, formats: CacheFormats, *, prefix: str,
-                 registry: dict[str, nn.Module]) -> None:  # fmt: skip
-        super().__init__()
+                 registry: dict[str, Any]) -> None:  # fmt: skip
         if prefix in registry:
             raise ValueError(f"a cache named {prefix} is registered already")
         registry[prefix] = self

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..compat import get_forward_context
 from ..config import DeepseekV4Config
 from ..ops.rows import PagedRows
 from .cache import PagedCache, layer_specs
 from .formats import CacheFormats
+from .metadata import DeepseekV4Metadata
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,23 @@ class LayerStep:
     """No token of this step sees more compressed entries than this; 0 in window layers."""
 
 
-class LayerCaches(nn.Module):
+class LayerCaches:
     """Registers the caches of one layer with vLLM and hands them to the layer, step by step."""
 
     def __init__(
-        self, config: DeepseekV4Config, layer: int, formats: CacheFormats, *, prefix: str, registry: dict[str, nn.Module]
+        self,
+        config: DeepseekV4Config,
+        layer: int,
+        formats: CacheFormats,
+        *,
+        prefix: str,
+        registry: dict[str, Any],
     ) -> None:
-        super().__init__()
         self.ratio = config.compress_ratios[layer]
-        for name in layer_specs(config, layer, formats):
-            cache = PagedCache(name, layer, config, formats, prefix=f"{prefix}.{name}", registry=registry)
-            self.add_module(name, cache)
+        self.caches: dict[str, PagedCache] = {
+            name: PagedCache(name, layer, config, formats, prefix=f"{prefix}.{name}", registry=registry)
+            for name in layer_specs(config, layer, formats)
+        }
 
     def step(self, positions: torch.Tensor) -> LayerStep | None:
         """The current step's caches; None in vLLM's profiling run, which has no cache yet.
@@ -62,23 +69,23 @@ class LayerCaches(nn.Module):
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             return None
-        by_cache = {name: metadata[cache.prefix] for name, cache in self.named_children()}
+        by_cache = {name: metadata[cache.prefix] for name, cache in self.caches.items()}
         window = by_cache["window"]
         return LayerStep(
             positions=positions[: window.num_tokens],
             request=window.request,
-            window=self.window.rows(window),
+            window=self.caches["window"].rows(window),
             window_slots=window.slot_mapping,
             main=self._compressor("entries", "states", by_cache),
             index=self._compressor("index_entries", "index_states", by_cache),
             max_entries=window.max_seq_len // self.ratio if self.ratio else 0,
         )
 
-    def _compressor(self, entries: str, states: str, metadata: dict) -> EntryCaches | None:
+    def _compressor(self, entries: str, states: str, metadata: dict[str, DeepseekV4Metadata]) -> EntryCaches | None:
         if entries not in metadata:
             return None
         return EntryCaches(
-            entries=getattr(self, entries).rows(metadata[entries]),
-            states=getattr(self, states).rows(metadata[states]),
+            entries=self.caches[entries].rows(metadata[entries]),
+            states=self.caches[states].rows(metadata[states]),
             state_slots=metadata[states].slot_mapping,
         )

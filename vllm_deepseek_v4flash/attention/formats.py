@@ -27,8 +27,8 @@ class CacheFormats:
     ) -> CacheFormats:
         """Resolve the two options for a model that computes in `model_dtype`.
 
-        `auto` is fp8, as V4 was trained, for a 16-bit model and fp32 for an fp32 model. The indexer's keys follow the rows
-        unless `index_cache_dtype` says otherwise; `model` keeps them in the model's dtype, `fp4` in 4 bits.
+        `auto` is fp8, as V4 was trained, for a 16-bit model and fp32 for an fp32 model. The indexer's keys follow the
+        rows unless `index_cache_dtype` says otherwise; `model` keeps them in the model's dtype, `fp4` in 4 bits.
 
         Raises:
             ValueError: naming the option, its value and what is allowed.

@@ -1,1 +1,1 @@
-"""The modules of a DeepSeek-V4 layer. They hold weights and call ops on tensors; vLLM's metadata stays in `attention/`."""
+"""The modules of a DeepSeek-V4 layer: they hold weights and call ops; vLLM's metadata stays in `attention/`."""

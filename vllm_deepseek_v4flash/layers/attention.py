@@ -28,8 +28,8 @@ from .parallel import shard_rows
 class DeepseekV4Attention(nn.Module):
     """Low-rank queries, one shared key-value row per token, grouped low-rank output.
 
-    Heads and output groups are split over the tensor-parallel ranks; everything that is computed once per token (kv rows,
-    compressors, indexer) is computed on every rank.
+    Heads and output groups are split over the tensor-parallel ranks; everything that is computed once per token (kv
+    rows, compressors, indexer) is computed on every rank.
     """
 
     def __init__(
@@ -39,9 +39,7 @@ class DeepseekV4Attention(nn.Module):
         kind, ratio = config.layer_kinds[layer], config.compress_ratios[layer]
         tp_size = get_tensor_model_parallel_world_size()
         if config.o_groups % tp_size:
-            raise ValueError(
-                f"tensor parallel size {tp_size} must divide the {config.o_groups} output groups (o_groups)"
-            )
+            raise ValueError(f"tensor parallel size {tp_size} must divide o_groups, {config.o_groups}")
         self.heads, self.groups = config.num_attention_heads // tp_size, config.o_groups // tp_size
         self.dim, self.window_size, self.ratio = config.head_dim, config.sliding_window, ratio
         self.scale, self.eps = config.head_dim**-0.5, config.rms_norm_eps

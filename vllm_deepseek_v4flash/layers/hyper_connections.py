@@ -12,7 +12,11 @@ def mixing_parameters(owner: nn.Module, name: str, config: DeepseekV4Config, *, 
     """Register fp32 `<name>_fn`, `<name>_scale` and `<name>_base` on `owner`, under the checkpoint's names."""
     n = config.hc_mult
     outputs = n if head else (2 + n) * n
-    for leaf, shape in (("fn", (outputs, n * config.hidden_size)), ("scale", (1 if head else 3,)), ("base", (outputs,))):
+    for leaf, shape in (
+        ("fn", (outputs, n * config.hidden_size)),
+        ("scale", (1 if head else 3,)),
+        ("base", (outputs,)),
+    ):
         owner.register_parameter(
             f"{name}_{leaf}", nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
         )

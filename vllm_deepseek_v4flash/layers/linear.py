@@ -17,12 +17,14 @@ class Fp32LinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: vLLM's CPU method would repack the weight for a GEMM in the model's dtype."""
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return linear_fp32(x, layer.weight)
 
 
 class Fp32Linear(ReplicatedLinear):
     """[T, K] to [T, N] fp32, the whole weight on every rank: router gate and compressors (spec section 5.4)."""
+
+    quant_method: Any
 
     def __init__(self, input_size: int, output_size: int, *, quant_config: Any, prefix: str) -> None:
         super().__init__(
@@ -41,16 +43,18 @@ class GroupedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the weight is used by group, not as one matrix."""
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = layer.weight.unflatten(0, (x.shape[1], -1))
         return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 class GroupedLinear(ColumnParallelLinear):
-    """The first half of the output projection: group g of the input meets rows g * N .. of the weight only (section 3.5).
+    """The first half of the output projection: group g of the input meets group g's rows of the weight (section 3.5).
 
     Sharded by group, so `groups` must divide by the tensor-parallel size.
     """
+
+    quant_method: Any
 
     def __init__(self, groups: int, input_size: int, output_size: int, *, quant_config: Any, prefix: str) -> None:
         super().__init__(

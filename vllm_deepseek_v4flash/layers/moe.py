@@ -56,6 +56,9 @@ class RoutedExperts(nn.Module):
     With tensor parallelism every rank holds a slice of each expert's I; with expert parallelism, whole experts.
     """
 
+    w13_weight: torch.Tensor
+    w2_weight: torch.Tensor
+
     def __init__(self, config: DeepseekV4Config, *, expert_parallel: bool) -> None:
         super().__init__()
         tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()

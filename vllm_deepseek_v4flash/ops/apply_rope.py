@@ -22,5 +22,7 @@ def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor, *, inverse: bool = False)
     check_shape("cos_sin", cos_sin, (x.shape[0], None))
     check_dtype("cos_sin", cos_sin, torch.float32)
     if cos_sin.shape[1] > x.shape[-1] or cos_sin.shape[1] % 2:
-        raise ValueError(f"cannot rotate {cos_sin.shape[1]} of {x.shape[-1]} dimensions: need an even number within them")
+        raise ValueError(
+            f"cannot rotate {cos_sin.shape[1]} of {x.shape[-1]} dimensions: need an even number within them"
+        )
     return implementation("apply_rope", x.device)(x, cos_sin, inverse=inverse)

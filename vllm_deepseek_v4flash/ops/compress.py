@@ -27,10 +27,12 @@ def compress(
 ) -> None:
     """Store every token's state row and, where a token completes a window of `ratio`, that window's entry.
 
-    Entry w is `sum_j softmax_j(gate_j + ape_j) * kv_j` per channel over the tokens of window w; then rounded to `dtype`,
-    normalised, rotated at position w * ratio, and written to `entries` as its format says. When C = 2D the windows overlap:
-    the entry pools 2 * ratio rows, the previous window's through their first D channels and its own through their last D;
-    window 0 has no previous one. States come from the cache, so a window may have begun in an earlier step.
+    Entry w is `sum_j softmax_j(gate_j + ape_j) * kv_j` per channel over the tokens of window w; then rounded to
+    `dtype`,
+    normalised, rotated at position w * ratio, and written to `entries` as its format says. When C = 2D the windows
+    overlap: the entry pools 2 * ratio rows, the previous window's through their first D channels and its own through
+    their last D; window 0 has no previous one. States come from the cache, so a window may have begun in an earlier
+    step.
 
     Args:
         kv, gate: [T, C] fp32, the compressor's projections; C is D, or 2D with overlap.

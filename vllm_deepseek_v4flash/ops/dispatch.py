@@ -1,7 +1,7 @@
 """The one place where an op's implementation is chosen.
 
-An op asks for the implementation of its own name on a device; the backends listed for that device are tried in order and
-the first that has a file of that name wins. The choice is logged once per op, so nobody has to guess what ran.
+An op asks for the implementation of its own name on a device; the backends listed for that device are tried in order
+and the first that has a file of that name wins. The choice is logged once per op, so nobody has to guess what ran.
 """
 
 from __future__ import annotations

@@ -20,15 +20,16 @@ def fused_experts(
 ) -> torch.Tensor:
     """Sum over each token's experts of `w2 (weight * swiglu(w1 x, w3 x))`.
 
-    The routing weight multiplies the activation before `w2`, in fp32, as in DeepSeek's reference; the product is rounded to
-    the dtype of `x` once, and the experts are summed in fp32.
+    The routing weight multiplies the activation before `w2`, in fp32, as in DeepSeek's reference; the product is
+    rounded to the dtype of `x` once, and the experts are summed in fp32.
 
     Args:
         x: [T, H], floating.
         w13: [E, 2I, H]: w1 (gate) rows, then w3 (up) rows of the E experts held here.
         w2: [E, H, I].
         topk_weights: [T, K] fp32.
-        topk_ids: [T, K] integer, global expert indices; those outside first_expert..first_expert+E-1 are another rank's.
+        topk_ids: [T, K] integer, global expert indices; those outside first_expert..first_expert+E-1 are another
+            rank's.
         swiglu_limit: the clamp, or None.
         first_expert: global index of w13[0].
 

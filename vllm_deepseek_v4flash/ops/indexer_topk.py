@@ -22,8 +22,8 @@ def indexer_topk(
 ) -> torch.Tensor:
     """The `topk` visible entries s with the largest `sum_h relu(q_h . k_s) * weights_h`, by value descending.
 
-    Entry s is visible to the token at position t if s < (t + 1) // ratio. Equal scores go to the smaller s, so a run repeats
-    exactly. With 4-bit entries the queries are transformed and rounded the way the keys were.
+    Entry s is visible to the token at position t if s < (t + 1) // ratio. Equal scores go to the smaller s, so a run
+    repeats exactly. With 4-bit entries the queries are transformed and rounded the way the keys were.
 
     Args:
         q: [T, H, D], rotated. weights: [T, H] fp32, already scaled.

@@ -21,9 +21,9 @@ def mhc_pre(
     """Mix the n residual streams into one sublayer input, and find how the output returns to them.
 
     With m = (X fn^T) rsqrt(mean(X^2) + norm_eps) over the flattened streams X, all in fp32:
-    `pre = sigmoid(m[:n] scale[0] + base[:n]) + hc_eps`, `post = 2 sigmoid(m[n:2n] scale[1] + base[n:2n])`, and `comb` is
-    `m[2n:] scale[2] + base[2n:]` as an n x n matrix, made doubly stochastic by Sinkhorn: softmax over its last dimension
-    plus hc_eps, a column step, then sinkhorn_iters - 1 row and column steps.
+    `pre = sigmoid(m[:n] scale[0] + base[:n]) + hc_eps`, `post = 2 sigmoid(m[n:2n] scale[1] + base[n:2n])`, and `comb`
+    is `m[2n:] scale[2] + base[2n:]` as an n x n matrix, made doubly stochastic by Sinkhorn: softmax over its last
+    dimension plus hc_eps, a column step, then sinkhorn_iters - 1 row and column steps.
 
     Args:
         streams: [T, n, H], floating.
@@ -37,7 +37,7 @@ def mhc_pre(
     Returns:
         x [T, H] in the dtype of `streams`, post [T, n] fp32, comb [T, n, n] fp32 indexed [source, destination].
     """
-    num_tokens, n, hidden = streams.shape
+    _, n, hidden = streams.shape
     check_shape("fn", fn, ((2 + n) * n, n * hidden))
     check_shape("scale", scale, (3,))
     check_shape("base", base, ((2 + n) * n,))

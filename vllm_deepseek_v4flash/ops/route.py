@@ -19,14 +19,16 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `topk` experts per token and weigh them.
 
-    Scores are `sqrt(softplus(logits))`. The bias takes part in the choice only; weights come from the scores without it,
-    divided by their sum and multiplied by `scaling`, in hash layers too. Equal biased scores go to the smaller expert index.
+    Scores are `sqrt(softplus(logits))`. The bias takes part in the choice only; weights come from the scores without
+    it, divided by their sum and multiplied by `scaling`, in hash layers too. Equal biased scores go to the smaller
+    expert index.
 
     Args:
         logits: [T, E] fp32.
         topk: experts per token, at most E.
         bias: [E] fp32 selection bias, or None.
-        expert_ids: [T, topk] integer, the hash layers' choice, or None for the top-k. Exactly one of the two rules applies.
+        expert_ids: [T, topk] integer, the hash layers' choice, or None for the top-k. Exactly one of the two rules
+            applies.
         scaling: `routed_scaling_factor`.
         renormalize: `norm_topk_prob`.
 

@@ -8,8 +8,8 @@ A row of D values is stored in one of three ways:
 | e4m3 | the first `quantised` values, one byte each | one ue8m0 byte per 64 | the rest (the rotary part) in bf16 |
 | e2m1 | all D values after a Hadamard transform, two per byte, low nibble first | one ue8m0 byte per 32 | |
 
-A page of N quantised rows holds the N data parts first and then the N scale parts, so that data parts stay aligned to their
-own size. Quantisation is the one that V4 was trained with: scale 2^ceil(log2(max(amax, floor) / largest code)).
+A page of N quantised rows holds the N data parts first and then the N scale parts, so that data parts stay aligned to
+their own size. Quantisation is the one that V4 was trained with: scale 2^ceil(log2(max(amax, floor) / largest code)).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class RowFormat:
     def fp4(cls, dim: int) -> RowFormat:
         """Hadamard and e2m1 for all values; `dim` must be a power of two that 32 divides."""
         if dim % 32 or dim & (dim - 1):
-            raise ValueError(f"4-bit rows need a power of two from 32 up (index_head_dim), got {dim}: use fp8 index rows")
+            raise ValueError(
+                f"4-bit rows need a power of two from 32 up (index_head_dim), got {dim}: use fp8 index rows"
+            )
         return cls(dim=dim, codec="e2m1", quantised=dim)
 
     @property
@@ -80,17 +82,18 @@ class RowFormat:
 class PagedRows:
     """One paged cache as an op sees it.
 
-    pages: [P, >= rows_per_page * format.row_size], dtype format.dtype; pages may be strided, a page itself is contiguous.
-    block_table: [R, B] int32, the pages of each request in order.
+    Row n of a request is row n % rows_per_page of the page block_table[request, n // rows_per_page].
     """
 
     pages: torch.Tensor
+    """[P, >= rows_per_page * format.row_size], dtype format.dtype; pages may be strided, each is contiguous."""
     rows_per_page: int
     format: RowFormat
     block_table: torch.Tensor
+    """[R, B] int32, the pages of each request in order."""
 
     def locate(self, request: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page and row within it (both int64) of row number `row` of each `request`; any broadcastable integer tensors."""
+        """Page and row within it (int64) of row number `row` of each `request`; broadcastable integer tensors."""
         row = row.long()
         page = self.block_table[request.long(), row // self.rows_per_page]
         return page.long(), row % self.rows_per_page
@@ -111,7 +114,7 @@ def quantise(x: torch.Tensor, fmt: RowFormat) -> tuple[torch.Tensor, torch.Tenso
 
 
 def dequantise(data: torch.Tensor, scales: torch.Tensor, fmt: RowFormat) -> torch.Tensor:
-    """The inverse of `quantise`: [..., data_size] and [..., num_scales] to [..., dim] fp32. 4-bit rows stay transformed."""
+    """The inverse of `quantise`: [..., data_size] and [..., num_scales] to [..., dim] fp32; 4-bit rows stay transformed."""
     if fmt.codec == "plain":
         return data.float()
     if fmt.codec == "e2m1":

@@ -31,9 +31,7 @@ def sparse_attention(
         part = slice(start, start + chunk)
         keys, valid = _window_rows(window, positions[part], request[part], window_size)
         if entries is not None and num_entries:
-            listed = (
-                torch.arange(num_entries, device=q.device)[None] if indices is None else indices[part].long()
-            )
+            listed = torch.arange(num_entries, device=q.device)[None] if indices is None else indices[part].long()
             more, seen = _entry_rows(entries, listed, positions[part], request[part], ratio)
             keys, valid = torch.cat((keys, more), dim=1), torch.cat((valid, seen), dim=1)
         out[part] = _attend(q[part].float(), keys, valid, sinks, scale).to(q.dtype)
@@ -61,7 +59,7 @@ def _attend(
     """[C, H, D] queries over [C, K, D] keys that are also the values; fp32 throughout."""
     scores = torch.einsum("thd,tkd->thk", q, keys) * scale
     scores = scores.masked_fill(~valid[:, None], -torch.inf)
-    # A sink of +inf must not become the maximum: inf - inf is NaN, while exp(inf) as a denominator gives the right zero.
+    # A sink of +inf must not become the maximum: inf - inf is NaN, but exp(inf) as a denominator gives zero.
     top = torch.maximum(scores.amax(-1), sinks.where(sinks < torch.inf, -torch.inf))
     top = top.where(top > -torch.inf, 0.0)
     weights = (scores - top[..., None]).exp()

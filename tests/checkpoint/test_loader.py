@@ -1,0 +1,276 @@
+"""Every naming style fills the same parameters, and no checkpoint that does not fit gets through."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import CONFIGS, TinySpec, fuse_experts, random_tensors
+from vllm_deepseek_v4flash.checkpoint import names
+from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError, load_weights
+from vllm_deepseek_v4flash.config import DeepseekV4Config
+
+SPEC = CONFIGS["odd"]
+CONFIG = SPEC.config
+WQ_A = "layers.1.attn.wq_a.weight"
+
+
+def _stacked_loader(parameter: Any, tensor: torch.Tensor, shard_id: str, expert_id: int) -> None:
+    rows = parameter[expert_id]
+    inter = tensor.shape[0]
+    part = rows if shard_id == "w2" else rows[:inter] if shard_id == "w1" else rows[inter:]
+    part.copy_(tensor)
+
+
+class FakeModel(nn.Module):
+    """The served model's parameters, NaN until loaded (integers: -1); optionally one pipeline stage of it."""
+
+    def __init__(
+        self, config: DeepseekV4Config, layers: range | None = None, first: bool = True, last: bool = True
+    ) -> None:
+        super().__init__()
+        experts, inter, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        for name, spec in names.expected_tensors(config).items():
+            layer = names.layer_index(name)
+            here = layer in layers if layer is not None else first if name == "embed.weight" else last
+            if here and names.expert_index(name) is None:
+                self._add(name if name == "head.weight" else f"model.{name}", spec.shape, spec.integer)
+        for layer in layers:
+            prefix = f"model.layers.{layer}.ffn.experts"
+            for name, shape in (("w13", (experts, 2 * inter, hidden)), ("w2", (experts, hidden, inter))):
+                self._add(f"{prefix}.{name}_weight", shape).weight_loader = _stacked_loader
+
+    def _add(self, name: str, shape: Iterable[int], integer: bool = False) -> Any:
+        *path, leaf = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        empty = torch.full(tuple(shape), -1 if integer else float("nan"))
+        data = empty.to(torch.int32) if integer else empty
+        parameter: Any = nn.Parameter(data, requires_grad=False)
+        module.register_parameter(leaf, parameter)
+        return parameter
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    return random_tensors(SPEC)
+
+
+def _check_filled(model: FakeModel, spec: TinySpec, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    stacked = fuse_experts(spec.config, tensors)
+    for name, parameter in parameters.items():
+        native = name.removeprefix("model.")
+        native = native.replace("w13_weight", "gate_up_proj").replace(
+            "experts.w2_weight", "experts.down_proj"
+        )
+        assert torch.equal(parameter, stacked[native].to(parameter.dtype)), name
+
+
+@pytest.mark.parametrize("style", get_args(names.Style))
+def test_every_style_fills_every_parameter(style: names.Style, tensors: dict[str, torch.Tensor]) -> None:
+    model = FakeModel(CONFIG)
+    stored = ((names.stored_name(name, style), tensor) for name, tensor in tensors.items())
+    assert load_weights(model, CONFIG, stored) == set(dict(model.named_parameters()))
+    _check_filled(model, SPEC, tensors)
+
+
+@pytest.mark.parametrize("prefix", ["layers", "model.layers"])
+def test_fused_experts(prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    model = FakeModel(CONFIG)
+    stored = {
+        name.replace("layers", prefix): tensor for name, tensor in fuse_experts(CONFIG, tensors).items()
+    }
+    assert load_weights(model, CONFIG, stored.items()) == set(dict(model.named_parameters()))
+    _check_filled(model, SPEC, tensors)
+
+
+def test_order_does_not_matter(tensors: dict[str, torch.Tensor]) -> None:
+    model = FakeModel(CONFIG)
+    load_weights(model, CONFIG, reversed(tensors.items()))
+    _check_filled(model, SPEC, tensors)
+
+
+def test_mtp_is_skipped_and_counted(
+    tensors: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM's own logging configuration does not propagate to the root, where caplog listens.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    mtp = {"mtp.0.e_proj.weight": torch.zeros(1), "model.mtp.1.norm.weight": torch.zeros(2)}
+    with caplog.at_level(logging.INFO):
+        load_weights(FakeModel(CONFIG), CONFIG, {**mtp, **tensors}.items())
+    messages = [record.getMessage() for record in caplog.records if "mtp" in record.getMessage()]
+    assert messages == ["Skipped 2 mtp.* tensors: multi-token prediction is not served."]
+
+
+def _refused(tensors: dict[str, torch.Tensor], extra: Iterable[tuple[str, torch.Tensor]] = ()) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(FakeModel(CONFIG), CONFIG, [*tensors.items(), *extra])
+    return str(caught.value)
+
+
+def test_missing(tensors: dict[str, torch.Tensor]) -> None:
+    rest = {name: tensor for name, tensor in tensors.items() if name != WQ_A}
+    assert f"missing: {WQ_A}: should be [72, 200]" in _refused(rest)
+
+
+def test_missing_expert(tensors: dict[str, torch.Tensor]) -> None:
+    name = "layers.2.ffn.experts.6.w3.weight"
+    rest = {key: tensor for key, tensor in tensors.items() if key != name}
+    assert f"1 missing tensors; nothing is served.\n  missing: {name}: should be [56, 200]" in _refused(rest)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.attn.wq_z.weight", "layers.4.attn.wq_a.weight", "layers.0.attn.compressor.ape"]
+)
+def test_unexpected(name: str, tensors: dict[str, torch.Tensor]) -> None:
+    message = _refused(tensors, [(name, torch.zeros(3, 4))])
+    assert f"unexpected: {name}: has [3, 4] float32" in message
+
+
+def test_duplicate_under_two_names(tensors: dict[str, torch.Tensor]) -> None:
+    other = "model.layers.1.self_attn.q_a_proj.weight"
+    message = _refused(tensors, [(other, tensors[WQ_A])])
+    assert f"duplicate: {other}: has [72, 200], already read as {WQ_A}; both are {WQ_A}" in message
+
+
+def test_duplicate_of_a_fused_expert(tensors: dict[str, torch.Tensor]) -> None:
+    stack = fuse_experts(CONFIG, tensors)["layers.0.ffn.experts.down_proj"]
+    message = _refused(tensors, [("layers.0.ffn.experts.down_proj", stack)])
+    assert "7 duplicate tensors" in message
+    assert "both are layers.0.ffn.experts.0.w2.weight" in message
+
+
+def test_mis_shaped(tensors: dict[str, torch.Tensor]) -> None:
+    message = _refused({**tensors, WQ_A: tensors[WQ_A].T.contiguous()})
+    assert f"mis-shaped: {WQ_A}: has [200, 72] float32, should be [72, 200]" in message
+    assert "missing" not in message
+
+
+def test_mis_shaped_stack(tensors: dict[str, torch.Tensor]) -> None:
+    fused = fuse_experts(CONFIG, tensors)
+    name = "layers.0.ffn.experts.gate_up_proj"
+    message = _refused({**fused, name: fused[name].transpose(1, 2)})
+    assert f"1 mis-shaped tensors; nothing is served.\n  mis-shaped: {name}: has [7, 200, 112]" in message
+    assert "should be [7, 112, 200]" in message
+
+
+def test_integer_table_in_float(tensors: dict[str, torch.Tensor]) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+    message = _refused({**tensors, name: tensors[name].float()})
+    assert f"mis-typed: {name}: has [301, 3] float32, should be int64 or int32" in message
+
+
+def test_integer_weight(tensors: dict[str, torch.Tensor]) -> None:
+    message = _refused({**tensors, WQ_A: tensors[WQ_A].to(torch.int64)})
+    assert f"mis-typed: {WQ_A}: has [72, 200] int64, should be float32, bfloat16 or float16" in message
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_expert_ids_out_of_range(wrong: int, tensors: dict[str, torch.Tensor]) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+    table = tensors[name].clone()
+    table[5, 1] = wrong
+    message = _refused({**tensors, name: table})
+    assert f"mis-valued: {name}" in message
+    assert "should be 0 to n_routed_experts - 1 = 6" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weight_and_scale(dtype: torch.dtype, tensors: dict[str, torch.Tensor]) -> None:
+    scale = "layers.1.attn.wq_a.scale"
+    message = _refused({**tensors, WQ_A: tensors[WQ_A].to(dtype)}, [(scale, torch.ones(1, 2))])
+    assert f"quantised: {WQ_A}: has [72, 200] {str(dtype).removeprefix('torch.')}" in message
+    assert f"quantised: {scale}: has [1, 2] float32" in message
+    assert "config.json has no quantization_config that this package serves" in message
+
+
+def test_packed_weights_are_quantised_not_missing(tensors: dict[str, torch.Tensor]) -> None:
+    rest = {name: tensor for name, tensor in tensors.items() if name != WQ_A}
+    packed = "model.layers.1.self_attn.q_a_proj"
+    leaves = [(f"{packed}.qweight", torch.zeros(25, 72).int()), (f"{packed}.scales", torch.zeros(2, 72))]
+    message = _refused(rest, leaves)
+    assert "2 quantised tensors; nothing is served." in message
+    assert "missing" not in message
+
+
+def test_long_lists_are_cut() -> None:
+    message = _refused({})
+    assert message.count("\n  missing: ") == 20
+    assert f"... and {len(names.expected_tensors(CONFIG)) - 20} more" in message
+
+
+def test_pipeline_stages_together_fill_the_model(tensors: dict[str, torch.Tensor]) -> None:
+    filled: set[str] = set()
+    for layers, first, last in ((range(0, 2), True, False), (range(2, 4), False, True)):
+        model = FakeModel(CONFIG, layers, first, last)
+        stage = load_weights(
+            model, CONFIG, tensors.items(), local_layers=layers, first_stage=first, last_stage=last
+        )
+        assert stage == set(dict(model.named_parameters()))
+        _check_filled(model, SPEC, tensors)
+        assert not filled & stage
+        filled |= stage
+    assert filled == set(dict(FakeModel(CONFIG).named_parameters()))
+
+
+def test_other_stages_tensors_are_checked_but_need_not_come(tensors: dict[str, torch.Tensor]) -> None:
+    model = FakeModel(CONFIG, range(0, 2), last=False)
+    near = {name: tensor for name, tensor in tensors.items() if not name.startswith(("layers.3", "head"))}
+    load_weights(model, CONFIG, near.items(), local_layers=range(0, 2), last_stage=False)
+    with pytest.raises(CheckpointError, match=r"mis-shaped: head\.weight: has \[1\]"):
+        load_weights(
+            model,
+            CONFIG,
+            {**near, "head.weight": torch.zeros(1)}.items(),
+            local_layers=range(0, 2),
+            last_stage=False,
+        )
+
+
+def test_local_experts(tensors: dict[str, torch.Tensor]) -> None:
+    local = range(2, 5)
+    model = FakeModel(CONFIG)
+    mine = {k: v for k, v in tensors.items() if names.expert_index(k) in (None, *local)}
+    load_weights(model, CONFIG, mine.items(), local_experts=local)
+    everything = FakeModel(CONFIG)
+    load_weights(everything, CONFIG, tensors.items(), local_experts=local)
+    for (name, one), other in zip(model.named_parameters(), everything.parameters(), strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), name
+        if name.endswith("w2_weight"):
+            assert one[2:5].isfinite().all()
+            assert one[:2].isnan().all()
+            assert one[5:].isnan().all()
+
+
+def test_own_weight_loader_is_used(tensors: dict[str, torch.Tensor]) -> None:
+    model = FakeModel(CONFIG)
+    parameter: Any = dict(model.named_parameters())["model.layers.0.attn.attn_sink"]
+    parameter.data = torch.full((3,), float("nan"))
+    parameter.weight_loader = lambda parameter, tensor: parameter.copy_(tensor[3:])
+    load_weights(model, CONFIG, tensors.items())
+    assert torch.equal(parameter.data, tensors["layers.0.attn.attn_sink"][3:])
+
+
+def test_sharded_parameter_without_a_loader_is_a_bug(tensors: dict[str, torch.Tensor]) -> None:
+    model = FakeModel(CONFIG)
+    parameter: Any = dict(model.named_parameters())["model.layers.0.attn.attn_sink"]
+    parameter.data = torch.zeros(1)
+    with pytest.raises(TypeError, match="a sharded parameter needs a weight_loader"):
+        load_weights(model, CONFIG, tensors.items())
+
+
+def test_model_without_a_place(tensors: dict[str, torch.Tensor]) -> None:
+    model: Any = FakeModel(CONFIG)
+    del model.model.norm.weight
+    with pytest.raises(CheckpointError, match=r"unplaceable: norm\.weight.*the model has no model\.norm"):
+        load_weights(model, CONFIG, tensors.items())
