@@ -122,8 +122,8 @@ class PagedCache(AttentionLayerBase):
             raise ValueError(f"a cache named {prefix} is registered already")
         registry[prefix] = self
         self.name, self.layer, self.config, self.formats, self.prefix = name, layer, config, formats, prefix
-        spec, self.format = layer_specs(config, layer, formats)[name]
-        self.rows_per_page = spec.block_size // spec.tokens_per_state
+        self.format = layer_specs(config, layer, formats)[name][1]
+        self.spec: KVCacheSpec | None = None
         # vLLM's own name for the bound memory: it zeroes, resets and puts to sleep through this attribute.
         self.kv_cache = torch.tensor([])
 
@@ -133,11 +133,12 @@ class PagedCache(AttentionLayerBase):
         return DeepseekV4Backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # The platform may change the block size after the model is built, so it is read only now.
-        specs = layer_specs(self.config, self.layer, self.formats, vllm_config.cache_config.block_size)
-        spec = specs[self.name][0]
-        self.rows_per_page = spec.block_size // spec.tokens_per_state
-        return spec
+        # The platform may change the block size after the model is built, so it is read only now; and only once,
+        # because vLLM later puts the smallest block size of all caches in its place.
+        if self.spec is None:
+            specs = layer_specs(self.config, self.layer, self.formats, vllm_config.cache_config.block_size)
+            self.spec = specs[self.name][0]
+        return self.spec
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take vLLM's view [pages, 1, rows, row_size]; its pages are strided, each is contiguous."""
@@ -147,4 +148,5 @@ class PagedCache(AttentionLayerBase):
         """The cache as the ops address it in this step."""
         if self.kv_cache.ndim != 4:
             raise RuntimeError(f"vLLM has not bound memory to the cache {self.prefix}")
-        return PagedRows(self.kv_cache.squeeze(1).flatten(1), self.rows_per_page, self.format, metadata.block_table)
+        rows_per_page = self.kv_cache.shape[2]
+        return PagedRows(self.kv_cache.squeeze(1).flatten(1), rows_per_page, self.format, metadata.block_table)

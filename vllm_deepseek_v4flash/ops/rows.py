@@ -114,7 +114,7 @@ def quantise(x: torch.Tensor, fmt: RowFormat) -> tuple[torch.Tensor, torch.Tenso
 
 
 def dequantise(data: torch.Tensor, scales: torch.Tensor, fmt: RowFormat) -> torch.Tensor:
-    """The inverse of `quantise`: [..., data_size] and [..., num_scales] to [..., dim] fp32; 4-bit rows stay transformed."""
+    """[..., data_size] and [..., num_scales] to [..., dim] fp32, as `quantise` took it; 4-bit rows stay transformed."""
     if fmt.codec == "plain":
         return data.float()
     if fmt.codec == "e2m1":

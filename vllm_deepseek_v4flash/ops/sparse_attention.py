@@ -25,10 +25,10 @@ def sparse_attention(
 ) -> torch.Tensor:
     """Attend from the token at position t to window rows max(0, t - window_size + 1)..t and to compressed entries.
 
-    Entries are keys and values at once, as window rows are. A token sees entry s if s < (t + 1) // ratio and, when `indices`
-    is given, s is among its indices; others (-1, beyond the visible ones) are ignored, one listed twice counts twice.
-    All scores, `q . k * scale`, share one fp32 softmax with the unscaled `sinks[h]`, which takes weight but has no value.
-    A token with nothing to attend to gets zeros.
+    Entries are keys and values at once, as window rows are. A token sees entry s if s < (t + 1) // ratio and, when
+    `indices` is given, s is among its indices; others (-1, beyond the visible ones) are ignored, one listed twice
+    counts twice. All scores, `q . k * scale`, share one fp32 softmax with the unscaled `sinks[h]`, which takes weight
+    but has no value. A token with nothing to attend to gets zeros.
 
     Args:
         q: [T, H, D], rotated.

@@ -1,0 +1,25 @@
+PYTHON ?= python3
+FLAVOUR ?= auto
+BIN := .venv/bin
+
+.PHONY: setup demo test test-slow lint clean
+
+setup:
+	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
+
+demo: setup
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
