@@ -63,7 +63,7 @@ def reader_for(config_class: type) -> type:
     they pickle to vLLM's other processes.
     """
 
-    class ResavedConfigReader(config_class):  # type: ignore[misc,valid-type]
+    class ResavedConfigReader(config_class):
         @classmethod
         def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
             return config_class.from_dict(native_keys(config_dict), **kwargs)  # type: ignore[attr-defined]

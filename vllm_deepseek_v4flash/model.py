@@ -164,7 +164,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
-        self.dtype = vllm_config.model_config.dtype
+        self.quant_config = vllm_config.quant_config
         self.model = DeepseekV4Model(self.config, vllm_config, maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.head = ParallelLMHead(
@@ -206,4 +206,5 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
             self, self.config, weights,
             local_layers=range(self.model.start_layer, self.model.end_layer),
             first_stage=stage.is_first_rank, last_stage=stage.is_last_rank,
+            packed=getattr(self.quant_config, "plan", None),
         )  # fmt: skip

@@ -25,7 +25,6 @@ BACKEND_PATH = "vllm_deepseek_v4flash.attention.backend.DeepseekV4Backend"
 IN_TREE_ARCHITECTURE = "DeepseekV4ForCausalLM_vllm_in_tree"
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla")
-QUANTIZATIONS: tuple[str, ...] = ()
 
 _MLA_DISABLE_ENV = "VLLM_MLA_DISABLE"
 # Marks our config hook: an isinstance check would miss one installed by an earlier import of this module.
@@ -42,6 +41,13 @@ def install() -> str:
     """
     _register_model()
     done = [f"{ARCHITECTURE} is served by {MODEL_PATH} instead of vLLM's in-tree class"]
+    try:
+        _register_quantization()
+        done.append("its quantised weights are read by ours too")
+    except Exception as error:
+        logger.warning(
+            "vLLM's quantisation registry has changed (%s): quantised DeepSeek-V4 checkpoints are refused.", error
+        )
     try:
         _register_attention_backend()
         done.append(f"attention backend {BACKEND_NAME}")
@@ -75,6 +81,19 @@ def _register_model() -> None:
     if current is not None and getattr(current, "module_name", None) != MODEL_PATH.partition(":")[0]:
         models[IN_TREE_ARCHITECTURE] = current
     ModelRegistry.register_model(ARCHITECTURE, MODEL_PATH)
+
+
+def _register_quantization() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
+
+    from vllm_deepseek_v4flash.quantization.config import NAME, DeepseekV4QuantConfig
+
+    try:
+        known = get_quantization_config(NAME)
+    except ValueError:
+        known = None
+    if known is not DeepseekV4QuantConfig:
+        register_quantization_config(NAME)(DeepseekV4QuantConfig)
 
 
 def _register_attention_backend() -> None:
@@ -136,6 +155,7 @@ def _install_config_hook() -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             check_engine_config(vllm_config)
+            _run_eagerly_on_a_gpu(vllm_config)
             original.verify_and_update_config(vllm_config)
 
     setattr(DeepseekV4FlashConfigHook, _HOOK_MARK, True)
@@ -145,14 +165,15 @@ def _install_config_hook() -> None:
 def check_model_config(model_config: ModelConfig) -> None:
     """Refuse a checkpoint that cannot be served, before anything is loaded: ValueError with what to do."""
     from vllm_deepseek_v4flash.config import DeepseekV4Config
+    from vllm_deepseek_v4flash.quantization.config import CLAIMED, NAME
 
     DeepseekV4Config.from_hf(model_config.hf_config)
     method = model_config.quantization or _quant_method(model_config.hf_config)
-    if method is not None and method not in QUANTIZATIONS:
+    if method is not None and method not in (NAME, *CLAIMED):
         raise ValueError(
-            f"quantization {method!r} of {model_config.model!r}: 4-bit and FP8 weights are not served yet by this "
-            f"version of vllm-deepseek-v4flash, only unquantised bfloat16, float16 and float32. Use an "
-            f"unquantised checkpoint, or set {DISABLE_ENV}=1 for vLLM's in-tree model."
+            f"quantization {method!r} of {model_config.model!r} is not read by vllm-deepseek-v4flash; allowed: "
+            f"{', '.join(CLAIMED)}, or unquantised bfloat16, float16 and float32. Use such a checkpoint, or set "
+            f"{DISABLE_ENV}=1 for vLLM's in-tree model."
         )
 
 
@@ -168,14 +189,33 @@ def _quant_method(hf_config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def _run_eagerly_on_a_gpu(vllm_config: VllmConfig) -> None:
+    """Turn CUDA graphs off, and say so: the PyTorch ops look at data on the host, which a graph cannot capture."""
+    from vllm.platforms import current_platform
+
+    model_config = vllm_config.model_config
+    if not current_platform.is_cpu() and not model_config.enforce_eager:
+        model_config.enforce_eager = True
+        logger.info("CUDA graphs are off (as with --enforce-eager): this version's ops cannot be captured.")
+
+
 def check_engine_config(vllm_config: VllmConfig) -> None:
     """Refuse the options that this model does not implement: ValueError with the option, its value, the mend."""
+    from vllm_deepseek_v4flash.quantization.config import NAME
+
     speculative = vllm_config.speculative_config
     if speculative is not None:
         raise ValueError(
             f"--speculative-config (method {getattr(speculative, 'method', None)!r}) is not served yet with "
             f"DeepSeek-V4 by vllm-deepseek-v4flash, and vLLM's in-tree drafts cannot drive its model. Start "
             f"without --speculative-config, or set {DISABLE_ENV}=1 for vLLM's in-tree model."
+        )
+    method = vllm_config.model_config.quantization
+    if method not in (None, NAME):
+        raise ValueError(
+            f"quantization {method!r} of {vllm_config.model_config.model!r} would be read by vLLM's own classes, which "
+            f"do not fit vllm-deepseek-v4flash's model: start without --quantization, or set {DISABLE_ENV}=1 for "
+            f"vLLM's in-tree model."
         )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in KV_CACHE_DTYPES:

@@ -274,3 +274,14 @@ def test_model_without_a_place(tensors: dict[str, torch.Tensor]) -> None:
     del model.model.norm.weight
     with pytest.raises(CheckpointError, match=r"unplaceable: norm\.weight.*the model has no model\.norm"):
         load_weights(model, CONFIG, tensors.items())
+
+
+def test_a_router_bias_where_none_belongs_is_unexpected_not_quantised(tensors: dict[str, torch.Tensor]) -> None:
+    assert CONFIG.num_hash_layers > 0
+    stray = "layers.0.ffn.gate.bias"
+    stored = [*tensors.items(), (stray, torch.zeros(CONFIG.n_routed_experts))]
+    with pytest.raises(CheckpointError) as error:
+        load_weights(FakeModel(CONFIG), CONFIG, stored)
+    assert f"unexpected: {stray}" in str(error.value)
+    assert "quantised" not in str(error.value)
+    assert "gate.weight" not in str(error.value)

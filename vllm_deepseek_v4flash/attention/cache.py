@@ -14,100 +14,40 @@ the one before it, which the sliding window retains.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..compat import AttentionLayerBase, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec, VllmConfig
-from ..config import BLOCK_TOKENS, DeepseekV4Config, LayerKind
+from ..config import BLOCK_TOKENS, DeepseekV4Config
 from ..ops.rows import PagedRows, RowFormat
 from .formats import CacheFormats
+from .page_sizes import PAGE_ALIGNMENT as PAGE_ALIGNMENT
+from .page_sizes import PageSize, layer_pages
+from .page_sizes import kv_bytes_per_token as kv_bytes_per_token
 
 if TYPE_CHECKING:
     from .metadata import DeepseekV4Metadata
-
-WINDOW_BLOCK_TOKENS = 64
-# State rows are large and short-lived: small blocks give their memory back soon.
-CSA_STATE_BLOCK_TOKENS = 4
-HCA_STATE_BLOCK_TOKENS = 8
-# Every page starts at a multiple of this many bytes, so that kernels may use their widest loads.
-PAGE_ALIGNMENT = 16
-
-
-def window_spec(fmt: RowFormat, window: int, block_tokens: int = WINDOW_BLOCK_TOKENS) -> SlidingWindowMLASpec:
-    """One row per token, kept while a query may still reach it."""
-    return SlidingWindowMLASpec(
-        block_size=block_tokens,
-        num_kv_heads=1,
-        head_size=_row_size(fmt, block_tokens),
-        dtype=fmt.dtype,
-        sliding_window=window,
-    )
-
-
-def entry_spec(fmt: RowFormat, ratio: int, block_tokens: int = BLOCK_TOKENS) -> MLAAttentionSpec:
-    """One row per `ratio` tokens, kept for the life of the request."""
-    if block_tokens % ratio:
-        raise ValueError(
-            f"--block-size {block_tokens} cannot hold whole entries of {ratio} tokens: use {BLOCK_TOKENS}, the default"
-        )
-    return MLAAttentionSpec(
-        block_size=block_tokens,
-        num_kv_heads=1,
-        head_size=_row_size(fmt, block_tokens // ratio),
-        dtype=fmt.dtype,
-        tokens_per_state=ratio,
-    )
-
-
-def _row_size(fmt: RowFormat, rows: int) -> int:
-    """Elements that vLLM accounts for a row, so that a page of `rows` is a multiple of PAGE_ALIGNMENT bytes."""
-    unit = PAGE_ALIGNMENT // math.gcd(PAGE_ALIGNMENT, rows * fmt.dtype.itemsize)
-    return -(-fmt.row_size // unit) * unit
-
-
-def state_spec(fmt: RowFormat, ratio: int, overlap: bool) -> SlidingWindowMLASpec:
-    """One fp32 row per token, kept until the last entry that pools it is complete."""
-    if overlap:
-        return window_spec(fmt, 2 * ratio, CSA_STATE_BLOCK_TOKENS)
-    return window_spec(fmt, ratio, HCA_STATE_BLOCK_TOKENS)
-
-
-def state_format(dim: int, overlap: bool) -> RowFormat:
-    """kv and gate of a compressor whose entries have `dim` values; with overlap each is twice as wide."""
-    return RowFormat.plain((4 if overlap else 2) * dim, torch.float32)
 
 
 def layer_specs(
     config: DeepseekV4Config, layer: int, formats: CacheFormats, block_tokens: int = BLOCK_TOKENS
 ) -> dict[str, tuple[KVCacheSpec, RowFormat]]:
     """Every cache of one backbone layer by name, with the format of its rows."""
-    kind, ratio = config.layer_kinds[layer], config.compress_ratios[layer]
-    specs: dict[str, tuple[KVCacheSpec, RowFormat]] = {
-        "window": (window_spec(formats.rows, config.sliding_window), formats.rows)
+    pages = layer_pages(config, layer, formats, block_tokens)
+    return {name: (_spec(page), page.format) for name, page in pages.items()}
+
+
+def _spec(page: PageSize) -> SlidingWindowMLASpec | MLAAttentionSpec:
+    shape: dict[str, Any] = {
+        "block_size": page.block_tokens,
+        "num_kv_heads": 1,
+        "head_size": page.row_size,
+        "dtype": page.format.dtype,
     }
-    if kind is LayerKind.WINDOW:
-        return specs
-    overlap = kind is LayerKind.CSA
-    state = state_format(config.head_dim, overlap)
-    specs["entries"] = entry_spec(formats.rows, ratio, block_tokens), formats.rows
-    specs["states"] = state_spec(state, ratio, overlap), state
-    if kind is LayerKind.CSA:
-        index_state = state_format(config.index_head_dim, overlap)
-        specs["index_entries"] = entry_spec(formats.index, ratio, block_tokens), formats.index
-        specs["index_states"] = state_spec(index_state, ratio, overlap), index_state
-    return specs
-
-
-def kv_bytes_per_token(config: DeepseekV4Config, formats: CacheFormats) -> float:
-    """Bytes of cache that each further token of context costs: the entries. Windows and states stay constant."""
-    return sum(
-        spec.page_size_bytes / spec.block_size
-        for layer in range(config.num_hidden_layers)
-        for spec, _ in layer_specs(config, layer, formats).values()
-        if isinstance(spec, MLAAttentionSpec)
-    )
+    if page.window is not None:
+        return SlidingWindowMLASpec(sliding_window=page.window, **shape)
+    return MLAAttentionSpec(tokens_per_state=page.tokens_per_row, **shape)
 
 
 class PagedCache(AttentionLayerBase):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,19 +15,23 @@ from torch import nn
 
 from vllm_deepseek_v4flash import logger_name
 from vllm_deepseek_v4flash.checkpoint import names
+from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError as CheckpointError
 from vllm_deepseek_v4flash.checkpoint.names import TensorSpec
 from vllm_deepseek_v4flash.config import DeepseekV4Config
+from vllm_deepseek_v4flash.quantization.plan import PackedModule
+from vllm_deepseek_v4flash.quantization.scheme import QuantizationError, dequantise
 
 logger = logging.getLogger(logger_name(__name__))
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
+_PACKED_LEAVES = {
+    "qweight", "qzeros", "scales", "g_idx",
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
+    "scale", "weight_scale_inv",
+}  # fmt: skip
 _MAX_LISTED = 20
-_STACKED = {"w1": "w13_weight", "w3": "w13_weight", "w2": "w2_weight"}
-
-
-class CheckpointError(ValueError):
-    """The checkpoint's tensors are not those its config.json asks for."""
+_STACKED = {"w1": "w13", "w3": "w13", "w2": "w2"}
 
 
 def load_weights(
@@ -39,8 +43,9 @@ def load_weights(
     first_stage: bool = True,
     last_stage: bool = True,
     local_experts: Collection[int] | None = None,
+    packed: Mapping[str, PackedModule] | None = None,
 ) -> set[str]:
-    """Load an unquantised checkpoint, whichever way its tensors are named.
+    """Load a checkpoint, whichever way its tensors are named and packed.
 
     Args:
         model: has a parameter (or buffer) `model.X` for native tensor X, `head.weight`, and for each layer
@@ -53,6 +58,9 @@ def load_weights(
         first_stage: whether the embedding is here.
         last_stage: whether the final norm, hc_head and the head are here.
         local_experts: under expert parallelism, the experts of this rank; None for all.
+        packed: the quantised weights by native module name (`quantization/plan.py`). As soon as all leaves of one have
+            come they are repacked, and each canonical tensor goes to the parameter `<module>.<its name>`, or for
+            experts to `w13_<its name>` and `w2_<its name>`.
 
     Returns:
         The names of the parameters that were filled.
@@ -61,7 +69,7 @@ def load_weights(
         CheckpointError: after the last tensor, listing each unexpected, duplicate, mis-shaped, mis-typed or
             missing tensor with the shape it has and the shape it should have.
     """
-    load = _Load(model, config, local_layers, first_stage, last_stage, local_experts)
+    load = _Load(model, config, local_layers, first_stage, last_stage, local_experts, packed or {})
     for stored, tensor in weights:
         load.take(stored, tensor)
     load.finish()
@@ -83,6 +91,8 @@ class _Load:
     first_stage: bool
     last_stage: bool
     local_experts: Collection[int] | None
+    packed: Mapping[str, PackedModule]
+    pending: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
     seen: dict[str, str] = field(default_factory=dict)
     problems: list[_Problem] = field(default_factory=list)
@@ -98,6 +108,10 @@ class _Load:
             self.mtp += 1
             return
         native = names.native_name(stored)
+        module, _, leaf = (native or "").rpartition(".")
+        if module in self.packed:
+            self._take_packed(stored, module, leaf, tensor)
+            return
         fused = names.fused_shape(self.config, native) if native else None
         if native is not None and fused is not None:
             if self._fits(stored, native, tensor, TensorSpec(fused)):
@@ -115,8 +129,39 @@ class _Load:
         else:
             self.seen[native] = stored
 
+    def _take_packed(self, stored: str, module: str, leaf: str, tensor: torch.Tensor) -> None:
+        """Keep one leaf of a packed weight until all are there, then repack and place it."""
+        native = f"{module}.weight"
+        leaves = self.pending.setdefault(module, {})
+        if native in self.seen or leaf in leaves:
+            self._problem("duplicate", stored, f"has {list(tensor.shape)}, already read as {module}.{leaf}")
+            return
+        leaves[leaf] = tensor
+        plan = self.packed[module]
+        if leaves.keys() != plan.leaves:
+            return
+        del self.pending[module]
+        self.seen[native] = stored
+        if not self._is_local(native):
+            return
+        try:
+            canonical = plan.repack(leaves)
+        except QuantizationError as error:
+            raise CheckpointError(f"{', '.join(plan.files)}: {error}") from error
+        if module in ("embed", "head"):
+            # vLLM's vocabulary layers hold plain weights only.
+            self._fill(native, dequantise(canonical, plan.scheme))
+            logger.info("%s is stored in %s and held unpacked.", module, plan.scheme.kind)
+            return
+        for name, part in canonical.items():
+            self._fill(f"{module}.{name}", part)
+
     def finish(self) -> None:
         """Report what never came."""
+        for module, leaves in self.pending.items():
+            self.seen[f"{module}.weight"] = module
+            for leaf in sorted(self.packed[module].leaves - leaves.keys()):
+                self._problem("missing", f"{module}.{leaf}", "is part of a packed weight")
         if self.mtp:
             logger.info("Skipped %d mtp.* tensors: multi-token prediction is not served.", self.mtp)
         for native, spec in self.expected.items():
@@ -130,9 +175,10 @@ class _Load:
 
     def _unexpected(self, stored: str, native: str | None, tensor: torch.Tensor) -> None:
         has = f"has {list(tensor.shape)} {_dtype(tensor)}"
-        # A quantiser's leaf in place of `weight`; the plain tensor is then not missing but packed.
-        plain = native.rpartition(".")[0] + ".weight" if native else ""
-        if plain in self.expected:
+        module, _, leaf = (native or "").rpartition(".")
+        plain = f"{module}.weight"
+        if leaf in _PACKED_LEAVES and plain in self.expected:
+            # A quantiser's leaf in place of `weight`; the plain tensor is then not missing but packed.
             self.seen.setdefault(plain, stored)
             self._problem("quantised", stored, f"{has}, should be an unquantised {plain}")
         else:
@@ -166,8 +212,11 @@ class _Load:
             self._problem("duplicate", stored, text)
             return
         self.seen[native] = stored
-        if not self._is_local(native):
-            return
+        if self._is_local(native):
+            self._fill(native, tensor)
+
+    def _fill(self, native: str, tensor: torch.Tensor) -> None:
+        """Hand one tensor to the parameter that takes it, or takes a share of it."""
         target, expert, shard = _target(native)
         parameter = self.parameters.get(target)
         if parameter is None:
@@ -221,8 +270,8 @@ def _target(native: str) -> tuple[str, int | None, str | None]:
     if expert is None:
         return native if native.startswith("head.") else f"model.{native}", None, None
     experts, _, rest = native.partition(f".experts.{expert}.")
-    shard = rest.removesuffix(".weight")
-    return f"model.{experts}.experts.{_STACKED[shard]}", expert, shard
+    shard, _, leaf = rest.partition(".")
+    return f"model.{experts}.experts.{_STACKED[shard]}_{leaf}", expert, shard
 
 
 def _both(native: str, stored: str, other: str) -> str:

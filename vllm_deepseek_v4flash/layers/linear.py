@@ -34,7 +34,8 @@ class Fp32Linear(ReplicatedLinear):
             self.quant_method = Fp32LinearMethod()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quant_method.apply(self, x, None).float()
+        # A packed weight is multiplied in the dtype of x.
+        return self.quant_method.apply(self, x.float(), None)
 
 
 class GroupedLinearMethod(UnquantizedLinearMethod):

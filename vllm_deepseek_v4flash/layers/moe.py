@@ -12,13 +12,12 @@ from ..compat import (
     RowParallelLinear,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    set_weight_attrs,
     tensor_model_parallel_all_reduce,
 )
 from ..config import DeepseekV4Config
-from ..ops.fused_experts import fused_experts
 from ..ops.route import route
 from ..ops.swiglu import swiglu
+from ..quantization.methods import UnquantizedExpertsMethod
 from .linear import Fp32Linear
 
 
@@ -51,15 +50,12 @@ class Router(Fp32Linear):
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts' weights, stacked: w13_weight [E, 2I, H] and w2_weight [E, H, I].
+    """The routed experts' weights, stacked; how they are stored is the quantisation method's affair.
 
     With tensor parallelism every rank holds a slice of each expert's I; with expert parallelism, whole experts.
     """
 
-    w13_weight: torch.Tensor
-    w2_weight: torch.Tensor
-
-    def __init__(self, config: DeepseekV4Config, *, expert_parallel: bool) -> None:
+    def __init__(self, config: DeepseekV4Config, *, expert_parallel: bool, quant_config: Any, prefix: str) -> None:
         super().__init__()
         tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         experts, inner = config.n_routed_experts, config.moe_intermediate_size
@@ -69,34 +65,21 @@ class RoutedExperts(nn.Module):
         self.limit = config.swiglu_limit
         self.local_experts = experts // tp_size if expert_parallel else experts
         self.first_expert = tp_rank * self.local_experts if expert_parallel else 0
+        self.full_inner = inner
         self.inner = inner if expert_parallel else inner // tp_size
-        self.first_inner = 0 if expert_parallel else tp_rank * self.inner
-        shapes = {
-            "w13_weight": (self.local_experts, 2 * self.inner, config.hidden_size),
-            "w2_weight": (self.local_experts, config.hidden_size, self.inner),
-        }
-        for name, shape in shapes.items():
-            param = nn.Parameter(torch.empty(shape), requires_grad=False)
-            set_weight_attrs(param, {"weight_loader": self._load})
-            self.register_parameter(name, param)
+        self.inner_rank = 0 if expert_parallel else tp_rank
+        method = None if quant_config is None else quant_config.get_quant_method(self, prefix)
+        self.quant_method = method or UnquantizedExpertsMethod()
+        self.quant_method.create_weights(self, config.hidden_size)
 
-    def _load(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: str, expert_id: int) -> None:
-        """Copy this rank's part of one expert's w1, w3 [I, H] or w2 [H, I]."""
+    def place(self, param: nn.Parameter, expert_id: int) -> torch.Tensor | None:
+        """The part of a stacked parameter that belongs to a global expert; None if another rank holds it."""
         expert = expert_id - self.first_expert
-        if not 0 <= expert < self.local_experts:
-            return
-        part = loaded.narrow(1 if shard_id == "w2" else 0, self.first_inner, self.inner)
-        target = param.data[expert]
-        if shard_id != "w2":
-            target = target.chunk(2)[0 if shard_id == "w1" else 1]
-        target.copy_(part)
+        return param.data[expert] if 0 <= expert < self.local_experts else None
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
         """[T, H] to this rank's part of the sum, [T, H] fp32."""
-        return fused_experts(
-            x, self.w13_weight, self.w2_weight, weights, expert_ids,
-            swiglu_limit=self.limit, first_expert=self.first_expert,
-        )  # fmt: skip
+        return self.quant_method.apply(self, x, weights, expert_ids)
 
 
 class SharedExpert(nn.Module):
@@ -126,7 +109,9 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.gate = Router(config, layer, quant_config=quant_config, prefix=f"{prefix}.gate")
-        self.experts = RoutedExperts(config, expert_parallel=expert_parallel)
+        self.experts = RoutedExperts(
+            config, expert_parallel=expert_parallel, quant_config=quant_config, prefix=f"{prefix}.experts"
+        )
         self.shared_experts = SharedExpert(config, quant_config=quant_config, prefix=f"{prefix}.shared_experts")
 
     def forward(self, x: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from vllm_deepseek_v4flash import logger_name
+
+logger = logging.getLogger(logger_name(__name__))
 
 # Packages below `ops/`, fastest first. A device that is not listed runs the reference.
 BACKENDS: dict[str, tuple[str, ...]] = {}

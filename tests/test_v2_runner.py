@@ -1,0 +1,51 @@
+"""What is marked `both_runners` passes on vLLM's V2 model runner too, in a pytest of its own.
+
+Which runner vLLM takes is settled when it is imported, so the two cannot share a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HARNESS = Path(__file__).resolve().parent / "v2_on_cpu"
+
+
+def run_on_v2(*arguments: str, timeout: float) -> str:
+    """Run this Python on `arguments` with the V2 runner; returns what it printed, AssertionError if it failed."""
+    environment = dict(os.environ, PYTHONPATH=f"{HARNESS}{os.pathsep}{ROOT}")
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_vllm_takes_the_v2_runner() -> None:
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs; "
+        "config = EngineArgs(model='examples/toy', dtype='float32').create_engine_config(); "
+        "print('V2', config.use_v2_model_runner)"
+    )
+    assert "V2 True" in run_on_v2("-c", code, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        pytest.param("both_runners and not slow and not gpu", id="ordinary"),
+        pytest.param("both_runners and slow and not gpu", id="slow", marks=pytest.mark.slow),
+    ],
+)
+def test_marked_tests_pass_on_v2(selection: str) -> None:
+    printed = run_on_v2("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection, timeout=3000)
+    summary = printed.strip().splitlines()[-1]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed is not None, summary
+    assert int(passed[1]) > 0, summary

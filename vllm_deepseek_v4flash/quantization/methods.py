@@ -1,0 +1,173 @@
+"""How packed weights live in vLLM's layers: canonical tensors as parameters, sharded, and applied without unpacking."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import (
+    LinearBase,
+    LinearMethodBase,
+    QuantizeMethodBase,
+    UnquantizedLinearMethod,
+    set_weight_attrs,
+)
+from ..ops.fused_experts import fused_experts
+from ..ops.packed_experts import packed_experts
+from ..ops.packed_linear import packed_linear
+from .plan import PackedModule
+from .scheme import FP8_BLOCK, QuantizationError, Scheme, canonical_shapes
+
+
+def method_for(plan: Mapping[str, PackedModule], layer: nn.Module, prefix: str) -> Any:
+    """The quantisation method of `layer`, which vLLM knows as `prefix` (`model.` and the DeepSeek-native name)."""
+    module = prefix.removeprefix("model.")
+    if isinstance(layer, LinearBase):
+        return PackedLinearMethod(plan[module].scheme) if module in plan else UnquantizedLinearMethod()
+    if module.endswith(".experts"):
+        first = f"{module}.0.w1", f"{module}.0.w2"
+        if not any(name in plan for name in first):
+            return UnquantizedExpertsMethod()
+        if not all(name in plan for name in first):
+            raise QuantizationError(f"{first[0]} and {first[1]}: both must be packed, or neither")
+        return PackedExpertsMethod(plan[first[0]].scheme, plan[first[1]].scheme)
+    return None
+
+
+def shard_scheme(scheme: Scheme, shape: tuple[int, int], full: tuple[int, int]) -> Scheme:
+    """The scheme of one rank's `shape` of a weight whose whole is `full`, both [N, K].
+
+    Raises:
+        QuantizationError: the cut would go through a group or block of scales, or through reordered columns.
+    """
+    (n, k), (full_n, full_k) = shape, full
+    name = scheme.module or "a packed weight"
+    if k != full_k and scheme.act_order:
+        raise QuantizationError(
+            f"{name} is packed in activation order (g_idx) and split over its {full_k} input columns by "
+            "tensor parallelism: its groups are scattered over all ranks. Use tensor-parallel size 1, pipeline or "
+            "expert parallelism, or a checkpoint without desc_act"
+        )
+    if scheme.kind == "int4" and scheme.group_size == full_k:
+        # One scale for a whole row serves every part of the row.
+        return dataclasses.replace(scheme, group_size=k)
+    if k != full_k and k % scheme.group_size:
+        raise QuantizationError(
+            f"{name}: tensor parallelism would give each rank {k} of {full_k} input columns, which cuts a group of "
+            f"{scheme.group_size}. Use a smaller tensor-parallel size, or expert parallelism for experts"
+        )
+    if n != full_n and scheme.kind == "fp8" and n % FP8_BLOCK:
+        raise QuantizationError(
+            f"{name}: tensor parallelism would give each rank {n} of {full_n} rows, which cuts a "
+            f"{FP8_BLOCK}-row FP8 block. Use a smaller tensor-parallel size"
+        )
+    return scheme
+
+
+def load_shard(param: torch.Tensor, loaded: torch.Tensor, rank: int) -> None:
+    """Copy into `param` this rank's part of `loaded`: in each dimension that is longer there, part number `rank`."""
+    for dim, (size, whole) in enumerate(zip(param.shape, loaded.shape, strict=True)):
+        if whole != size:
+            loaded = loaded.narrow(dim, rank * size, size)
+    param.copy_(loaded)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, weight_loader: Any) -> nn.Parameter:
+    param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    set_weight_attrs(param, {"weight_loader": weight_loader})
+    return param
+
+
+class PackedLinearMethod(LinearMethodBase):
+    """One linear whose canonical tensors (`scheme.py`) are its parameters."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.names: tuple[str, ...] = ()
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        shape = sum(output_partition_sizes), input_size_per_partition
+        self.scheme = shard_scheme(self.scheme, shape, (output_size, input_size))
+        rank = getattr(layer, "tp_rank", 0)
+
+        def weight_loader(param: nn.Parameter, loaded: torch.Tensor) -> None:
+            load_shard(param.data, loaded, rank)
+
+        shapes = canonical_shapes(self.scheme, *shape)
+        for name, (size, dtype) in shapes.items():
+            layer.register_parameter(name, _empty(size, dtype, weight_loader))
+        self.names = tuple(shapes)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the loader has already packed the weights into their final form."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return packed_linear(x, {name: getattr(layer, name) for name in self.names}, self.scheme)
+
+
+class UnquantizedExpertsMethod(QuantizeMethodBase):
+    """Experts in the model's dtype: w13_weight [E, 2I, H] and w2_weight [E, H, I]."""
+
+    def create_weights(self, layer: Any, hidden_size: int) -> None:
+        def weight_loader(param: nn.Parameter, loaded: torch.Tensor, shard_id: str, expert_id: int) -> None:
+            target = layer.place(param, expert_id)
+            if target is not None:
+                if shard_id != "w2":
+                    target = target.chunk(2)[0 if shard_id == "w1" else 1]
+                load_shard(target, loaded, layer.inner_rank)
+
+        experts, inner = layer.local_experts, layer.inner
+        dtype = torch.get_default_dtype()
+        layer.register_parameter("w13_weight", _empty((experts, 2 * inner, hidden_size), dtype, weight_loader))
+        layer.register_parameter("w2_weight", _empty((experts, hidden_size, inner), dtype, weight_loader))
+
+    def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+        return fused_experts(
+            x, layer.w13_weight, layer.w2_weight, weights, expert_ids,
+            swiglu_limit=layer.limit, first_expert=layer.first_expert,
+        )  # fmt: skip
+
+
+class PackedExpertsMethod(QuantizeMethodBase):
+    """Packed experts: canonical tensors stacked as w13_<name> [E, 2, ...] (w1, w3) and w2_<name> [E, ...]."""
+
+    def __init__(self, scheme13: Scheme, scheme2: Scheme) -> None:
+        self.schemes = {"w13": scheme13, "w2": scheme2}
+        self.names: dict[str, tuple[str, ...]] = {}
+
+    def create_weights(self, layer: Any, hidden_size: int) -> None:
+        def weight_loader(param: nn.Parameter, loaded: torch.Tensor, shard_id: str, expert_id: int) -> None:
+            target = layer.place(param, expert_id)
+            if target is not None:
+                if shard_id != "w2":
+                    target = target[0 if shard_id == "w1" else 1]
+                load_shard(target, loaded, layer.inner_rank)
+
+        local = {"w13": (layer.inner, hidden_size), "w2": (hidden_size, layer.inner)}
+        whole = {"w13": (layer.full_inner, hidden_size), "w2": (hidden_size, layer.full_inner)}
+        for group, stack in (("w13", (layer.local_experts, 2)), ("w2", (layer.local_experts,))):
+            self.schemes[group] = shard_scheme(self.schemes[group], local[group], whole[group])
+            shapes = canonical_shapes(self.schemes[group], *local[group])
+            for name, (size, dtype) in shapes.items():
+                layer.register_parameter(f"{group}_{name}", _empty((*stack, *size), dtype, weight_loader))
+            self.names[group] = tuple(shapes)
+
+    def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+        w13, w2 = ({n: getattr(layer, f"{g}_{n}") for n in self.names[g]} for g in ("w13", "w2"))
+        return packed_experts(
+            x, w13, w2, self.schemes["w13"], self.schemes["w2"], weights, expert_ids,
+            swiglu_limit=layer.limit, first_expert=layer.first_expert,
+        )  # fmt: skip

@@ -1,0 +1,151 @@
+"""The one packed form that every source format is read into, and what its values mean.
+
+A weight is `[N, K]` (out, in). By kind:
+
+* int4: `qweight` uint8 [N, K/2], low nibble = even column, codes 0..15; `scales` [N, K/g] as stored;
+  `zeros` uint8 [N, K/g] where `zero_points`, else the zero is 8; `perm` int32 [K] where `act_order`:
+  canonical column j is column perm[j] of the original weight, so groups are contiguous and
+  y = W @ x[perm]. value = (code - zero) * scale in fp32, and +0 where code = zero, whatever the scale's sign.
+* fp4: `qweight` uint8 [N, K/2] of e2m1 codes, low nibble = even column; `scales` uint8 ue8m0 [N, K/32].
+* fp8: `qweight` float8_e4m3fn [N, K]; `scales` fp32 [ceil(N/128), ceil(K/128)].
+* plain: `weight` [N, K].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Kind = Literal["int4", "fp4", "fp8", "plain"]
+
+FP8_BLOCK = 128
+FP4_GROUP = 32
+SYMMETRIC_ZERO = 8
+
+# Safetensors' dtype codes. The sub-byte and complex ones never hold a weight we read.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOAT_CODES = ("BF16", "F16", "F32")
+
+# e2m1: sign, two exponent bits (bias 1), one mantissa bit (OCP Microscaling Formats v1.0, 5.3.3).
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+class QuantizationError(ValueError):
+    """A quantised checkpoint, or its config, that cannot be served; the message names module and tensor."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor: its dtype code (`"I32"`, `"BF16"`, …) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is quantised.
+
+    Two schemes are equal when weights of the same shape have the same canonical tensors, so that they can
+    share a parameter; where they came from (`source`, `module`, `shape`) does not count.
+
+    Attributes:
+        group_size: Input columns that share a scale: K for channel-wise int4, 32 for fp4, 128 for fp8
+            (blocks of 128 x 128), 0 for plain.
+        scale_dtype: dtype of the canonical `scales` (None for plain).
+        dtype: dtype of a plain `weight`.
+        source: The stored layout, known only to the format that described it.
+        module: DeepSeek's name of the module, for messages.
+        shape: (N, K); a plain vector has one entry.
+    """
+
+    kind: Kind
+    group_size: int = 0
+    zero_points: bool = False
+    act_order: bool = False
+    scale_dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+    source: str = field(default="", compare=False)
+    module: str = field(default="", compare=False)
+    shape: tuple[int, ...] = field(default=(), compare=False)
+
+
+def canonical_shapes(scheme: Scheme, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each canonical tensor of a weight `[n, k]`.
+
+    Raises:
+        QuantizationError: `k` is not a whole number of groups.
+    """
+    if scheme.kind == "plain":
+        return {"weight": ((n, k), scheme.dtype or torch.float32)}
+    scale_dtype = scheme.scale_dtype or torch.float32
+    if scheme.kind == "fp8":
+        blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+        return {"qweight": ((n, k), torch.float8_e4m3fn), "scales": (blocks, scale_dtype)}
+    group = scheme.group_size
+    if group <= 0 or k % group or k % 2:
+        raise QuantizationError(
+            f"{scheme.module or 'weight'}: {k} input columns are not a whole number of groups of {group} (or are odd)"
+        )
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((n, k // 2), torch.uint8),
+        "scales": ((n, k // group), torch.uint8 if scheme.kind == "fp4" else scale_dtype),
+    }
+    if scheme.zero_points:
+        shapes["zeros"] = ((n, k // group), torch.uint8)
+    if scheme.act_order:
+        shapes["perm"] = ((k,), torch.int32)
+    return shapes
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Codes `[N, K]` uint8 of packed `[N, K/2]`."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def _ue8m0(scales: torch.Tensor) -> torch.Tensor:
+    """2^(code - 127) in fp32; code 255 is NaN (OCP Microscaling Formats v1.0, 5.4.1)."""
+    table = [2.0 ** (code - 127) for code in range(255)] + [float("nan")]
+    return torch.tensor(table, dtype=torch.float32, device=scales.device)[scales.long()]
+
+
+def dequantise(canonical: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight `[N, K]` in fp32, its columns in the original order (`perm` is undone)."""
+    if scheme.kind == "plain":
+        return canonical["weight"].float().contiguous()
+    qweight, scales = canonical["qweight"], canonical["scales"]
+    if scheme.kind == "fp8":
+        n, k = qweight.shape
+        rows = torch.arange(n, device=qweight.device) // FP8_BLOCK
+        columns = torch.arange(k, device=qweight.device) // FP8_BLOCK
+        return qweight.float() * scales.float()[rows][:, columns]
+    codes = _nibbles(qweight)
+    if scheme.kind == "fp4":
+        values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=qweight.device)[codes.long()]
+        return values * _ue8m0(scales).repeat_interleave(scheme.group_size, dim=1)
+    grouped = codes.to(torch.float32).unflatten(1, (-1, scheme.group_size))
+    zeros = canonical["zeros"].float().unsqueeze(-1) if scheme.zero_points else float(SYMMETRIC_ZERO)
+    # Adding 0 makes +0 of the -0 that a negative scale (AutoRound has them) gives.
+    weight = ((grouped - zeros) * scales.float().unsqueeze(-1)).flatten(1).add_(0.0)
+    if not scheme.act_order:
+        return weight
+    original = torch.empty_like(weight)
+    original[:, canonical["perm"].long()] = weight
+    return original
