@@ -123,7 +123,8 @@ def dequantise(data: torch.Tensor, scales: torch.Tensor, fmt: RowFormat) -> torc
         values, tail = table[nibbles.long()], None
     else:
         values = data[..., : fmt.quantised].contiguous().view(torch.float8_e4m3fn).float()
-        tail = data[..., fmt.quantised :].contiguous().view(torch.bfloat16).float()
+        # A copy, because bf16 needs an even offset, which an odd `quantised` does not give.
+        tail = data[..., fmt.quantised :].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
     values = values * _power_of_two(scales).repeat_interleave(fmt.block, dim=-1)[..., : fmt.quantised]
     return values if tail is None else torch.cat((values, tail), dim=-1)
 

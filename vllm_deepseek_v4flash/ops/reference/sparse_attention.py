@@ -59,8 +59,8 @@ def _attend(
     """[C, H, D] queries over [C, K, D] keys that are also the values; fp32 throughout."""
     scores = torch.einsum("thd,tkd->thk", q, keys) * scale
     scores = scores.masked_fill(~valid[:, None], -torch.inf)
-    # A sink of +inf must not become the maximum: inf - inf is NaN, but exp(inf) as a denominator gives zero.
-    top = torch.maximum(scores.amax(-1), sinks.where(sinks < torch.inf, -torch.inf))
+    # Without any valid key the maximum is -inf, and -inf - -inf would be NaN.
+    top = scores.amax(-1)
     top = top.where(top > -torch.inf, 0.0)
     weights = (scores - top[..., None]).exp()
     total = weights.sum(-1) + (sinks - top).exp()

@@ -1,0 +1,58 @@
+"""Hyper-connections entry by entry in Python floats (spec section 3.3), with bounds for fp32."""
+
+import math
+
+import torch
+
+from .numeric import FUNCTION, U32, f64
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def mixes(streams, fn, norm_eps):
+    """m and how far fp32 sums may move it, each a list of len(fn) floats, for one token's streams [n, H]."""
+    flat = [v for stream in f64(streams).tolist() for v in stream]
+    norm = 1 / math.sqrt(sum(v * v for v in flat) / len(flat) + norm_eps)
+    values, errors = [], []
+    for row in f64(fn).tolist():
+        values.append(sum(a * b for a, b in zip(flat, row, strict=True)) * norm)
+        size = sum(abs(a * b) for a, b in zip(flat, row, strict=True)) * norm
+        # The dot product and, with half the weight, the mean of squares; the rest is the root and two products.
+        errors.append((1.5 * len(flat) * U32 + 2 * FUNCTION) * size)
+    return values, errors
+
+
+def sinkhorn(logits, eps, iters):
+    """Rows j (source) and columns k (destination): a softmax, one column step, then iters - 1 of both."""
+    n = len(logits)
+    c = []
+    for row in logits:
+        weights = [math.exp(v - max(row)) for v in row]
+        c.append([w / sum(weights) + eps for w in weights])
+
+    def divide_columns():
+        for k in range(n):
+            total = sum(c[j][k] for j in range(n)) + eps
+            for j in range(n):
+                c[j][k] /= total
+
+    divide_columns()
+    for _ in range(iters - 1):
+        for j in range(n):
+            total = sum(c[j]) + eps
+            c[j] = [v / total for v in c[j]]
+        divide_columns()
+    return c
+
+
+def weighted_sum(weights, streams):
+    """sum_i weights[i] streams[i] and the sum of magnitudes, both [H] fp64."""
+    streams = f64(streams)
+    total = sum(w * s for w, s in zip(weights, streams, strict=True))
+    return total, sum(abs(w) * s.abs() for w, s in zip(weights, streams, strict=True))
+
+
+def tensor(rows):
+    return torch.tensor(rows, dtype=torch.float64)

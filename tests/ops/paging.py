@@ -1,0 +1,97 @@
+"""Paged caches for tests: shuffled pages that lie apart, as vLLM lays them, and poison in every unwritten byte."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
+
+from . import codecs
+
+# NaN as e4m3, ue8m0, bf16, fp16 and fp32.
+POISON = 0xFF
+
+
+@dataclass
+class TestCache:
+    """A cache on a device together with the arithmetic of its addresses, byte by byte."""
+
+    __test__ = False  # not a test class
+
+    storage: torch.Tensor
+    """[P, stride] of the format's dtype: the pages and the gaps between them."""
+    rows: PagedRows
+
+    @property
+    def bytes(self):
+        """[P, stride bytes] uint8 on the CPU, a copy."""
+        return self.storage.cpu().view(torch.uint8).clone()
+
+    def spans(self, page, row):
+        """The byte ranges of a row's data and of its scales within a page's bytes."""
+        fmt, count = self.rows.format, self.rows.rows_per_page
+        data, scales = codecs.data_bytes(fmt), codecs.scale_bytes(fmt)
+        return slice(row * data, (row + 1) * data), slice(
+            count * data + row * scales, count * data + (row + 1) * scales
+        )
+
+    def place(self, request, row):
+        """Page and row within it of row number `row` of a request."""
+        pages, count = self.rows.block_table[request], self.rows.rows_per_page
+        return int(pages[row // count]), row % count
+
+    def slot(self, request, row):
+        page, offset = self.place(request, row)
+        return page * self.rows.rows_per_page + offset
+
+    def put_bytes(self, page, row, data, scales=b""):
+        image = self.bytes
+        for span, content in zip(self.spans(page, row), (data, scales), strict=True):
+            image[page, span] = torch.tensor(list(content), dtype=torch.uint8)
+        self.storage.copy_(image.view(self.storage.dtype))
+
+    def put(self, request, values):
+        """Store rows 0.. of a request from [N, dim]; returns what the bytes mean, [N, dim] fp64."""
+        image, fmt, stored = self.bytes, self.rows.format, []
+        for number, row in enumerate(values.double().tolist()):
+            data, scales = codecs.encode(row, fmt)
+            page, offset = self.place(request, number)
+            for span, content in zip(self.spans(page, offset), (data, scales), strict=True):
+                image[page, span] = torch.tensor(list(content), dtype=torch.uint8)
+            stored.append(codecs.decode(data, scales, fmt))
+        self.storage.copy_(image.view(self.storage.dtype))
+        return torch.tensor(stored, dtype=torch.float64).reshape(-1, fmt.dim)
+
+    def poison(self, request, row):
+        page, offset = self.place(request, row)
+        self.put_bytes(page, offset, *(bytes([POISON] * (s.stop - s.start)) for s in self.spans(page, offset)))
+
+    def raw(self, request, row):
+        page, offset = self.place(request, row)
+        image = self.bytes[page].numpy()
+        return tuple(image[span].tobytes() for span in self.spans(page, offset))
+
+    def get(self, request, row):
+        """A row as [dim] fp64."""
+        return torch.tensor(codecs.decode(*self.raw(request, row), self.rows.format), dtype=torch.float64)
+
+    def is_poison(self, request, row):
+        return all(set(part) <= {POISON} for part in self.raw(request, row))
+
+
+def make_cache(fmt: RowFormat, rows_per_page: int, lengths: list[int], rng, device) -> TestCache:
+    """A poisoned cache for requests of these lengths (in rows), on shuffled pages; page 0 belongs to nobody."""
+    counts = [-(-length // rows_per_page) for length in lengths]
+    order = (torch.randperm(sum(counts) + 1, generator=rng) + 1).tolist()  # one page stays unused
+    # Entries past a request's own pages are another's or the null page, as in vLLM; no op may follow them.
+    table = torch.zeros((len(lengths), max([*counts, 1]) + 1), dtype=torch.int32)
+    for request, count in enumerate(counts):
+        for i in range(count):
+            table[request, i] = order.pop()
+    page = rows_per_page * (codecs.data_bytes(fmt) + codecs.scale_bytes(fmt))
+    # Pages of several layers alternate in one allocation; each starts at a multiple of 16 bytes.
+    stride = -(-page // 16) * 16 * 2
+    raw = torch.full((sum(counts) + 2, stride), POISON, dtype=torch.uint8)
+    storage = raw.view(fmt.dtype).to(device)
+    pages = storage[:, : page // fmt.dtype.itemsize]
+    return TestCache(storage, PagedRows(pages, rows_per_page, fmt, table.to(device)))

@@ -1,0 +1,121 @@
+"""Entering a sublayer (spec section 3.3)."""
+
+import pytest
+import torch
+
+from vllm_deepseek_v4flash.ops.mhc_pre import mhc_pre
+
+from . import mhc_oracle
+from .mhc_oracle import sigmoid, tensor
+from .numeric import FUNCTION, U32, assert_within, f64, normal
+
+
+def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=1.0):
+    streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
+    fn = normal(rng, (2 + n) * n, n * hidden, scale=(n * hidden) ** -0.5, device=device)
+    scale = torch.tensor([0.8, 1.3, 1.7], device=device)
+    return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device)
+
+
+def check(actual, streams, fn, scale, base, *, norm_eps, hc_eps, sinkhorn_iters):
+    x, post, comb = actual
+    assert (x.dtype, post.dtype, comb.dtype) == (streams.dtype, torch.float32, torch.float32)
+    tokens, n, _ = streams.shape
+    s, b = f64(scale).tolist(), f64(base).tolist()
+    assert post.shape == (tokens, n)
+    assert comb.shape == (tokens, n, n)
+    for t in range(tokens):
+        m, error = mhc_oracle.mixes(streams[t], fn, norm_eps)
+        pre = [sigmoid(m[i] * s[0] + b[i]) + hc_eps for i in range(n)]
+        # A sigmoid changes by at most a quarter of its argument's error; the argument itself is rounded twice.
+        moved = [abs(s[min(i // n, 2)]) * e + 2 * U32 * (abs(m[i]) * 2 + abs(b[i])) for i, e in enumerate(error)]
+        mixed, size = mhc_oracle.weighted_sum(pre, streams[t])
+        assert_within(
+            x[t], mixed, max(moved[:n]) / 4 * f64(streams[t]).abs().sum(0) + ((n + 1) * U32 + FUNCTION) * size
+        )
+        expected = tensor([2 * sigmoid(m[n + k] * s[1] + b[n + k]) for k in range(n)])
+        assert_within(post[t], expected, tensor(moved[n : 2 * n]) / 2 + FUNCTION)
+        logits = [[m[2 * n + n * j + k] * s[2] + b[2 * n + n * j + k] for k in range(n)] for j in range(n)]
+        # exp(logit) moves relatively by the logit's error, and so do the row and column factors, which divide by sums
+        # of them: within four times. Each of the 2 * iters divisions adds the roundings of n additions and a quotient.
+        relative = 4 * max(moved[2 * n :]) + 2 * sinkhorn_iters * ((n + 1) * U32 + FUNCTION)
+        expected = tensor(mhc_oracle.sinkhorn(logits, hc_eps, sinkhorn_iters))
+        assert_within(comb[t], expected, relative * expected)
+
+
+OPTIONS = {"norm_eps": 1e-6, "hc_eps": 1e-6, "sinkhorn_iters": 20}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "n", "hidden"), [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 2, 8), (2, 1, 8)])
+def test_matches_the_formula(device, rng, dtype, tokens, n, hidden):
+    arguments = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype)
+    check(mhc_pre(*arguments, **OPTIONS), *arguments, **OPTIONS)
+
+
+@pytest.mark.parametrize("iters", [1, 2, 3, 20])
+@pytest.mark.parametrize(("norm_eps", "hc_eps"), [(1e-6, 0.05), (0.6, 1e-6), (0.6, 0.05)])
+def test_large_epsilons_show_where_they_are_added(device, rng, norm_eps, hc_eps, iters):
+    # A base far from uniform keeps the steps from converging early, so that each of them shows.
+    arguments = problem(rng, device, base=3.0)
+    options = {"norm_eps": norm_eps, "hc_eps": hc_eps, "sinkhorn_iters": iters}
+    check(mhc_pre(*arguments, **options), *arguments, **options)
+
+
+def test_columns_are_the_last_step(device, rng):
+    arguments = problem(rng, device, base=3.0)
+    _, _, comb = mhc_pre(*arguments, **{**OPTIONS, "hc_eps": 1e-12, "sinkhorn_iters": 2})
+    # A quotient by the sum of 4 terms: its roundings and those of the sum.
+    assert (f64(comb).sum(1) - 1).abs().max() <= 10 * U32 + FUNCTION
+    assert (f64(comb).sum(2) - 1).abs().max() > 1e-3
+
+
+def test_comb_is_indexed_source_then_destination(device):
+    """With no input only the base speaks: a base that sends stream 0 to stream 2 does so in comb[0, 2]."""
+    n, hidden = 4, 8
+    streams = torch.ones(1, n, hidden, device=device)
+    base = torch.full((n, n), -20.0)
+    for source, destination in ((0, 2), (1, 0), (2, 3), (3, 1)):
+        base[source, destination] = 20.0
+    base = torch.cat((torch.zeros(2 * n), base.flatten())).to(device)
+    fn = torch.zeros((2 + n) * n, n * hidden, device=device)
+    _, _, comb = mhc_pre(streams, fn, torch.ones(3, device=device), base, **OPTIONS)
+    assert comb[0].round().tolist() == [[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
+
+
+def test_post_is_twice_the_sigmoid_and_pre_is_not(device):
+    n, hidden = 4, 8
+    streams = torch.ones(1, n, hidden, device=device)
+    fn, base = torch.zeros((2 + n) * n, n * hidden, device=device), torch.zeros((2 + n) * n, device=device)
+    x, post, _comb = mhc_pre(streams, fn, torch.ones(3, device=device), base, **{**OPTIONS, "hc_eps": 0.25})
+    assert post.tolist() == [[1.0] * n]
+    assert x.tolist() == [[n * (0.5 + 0.25)] * hidden]
+
+
+def test_extreme_bases_stay_finite(device, rng):
+    streams, fn, scale, base = problem(rng, device)
+    for x in mhc_pre(streams, fn, scale, base * 100, **OPTIONS):
+        assert x.isfinite().all()
+
+
+def test_no_tokens(device, rng):
+    x, post, comb = mhc_pre(*problem(rng, device, tokens=0), **OPTIONS)
+    assert (x.shape, post.shape, comb.shape) == ((0, 24), (0, 4), (0, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fn", torch.zeros(23, 96), r"fn must have shape \[24, 96\], got \[23, 96\]"),
+        ("fn", torch.zeros(24, 96).bfloat16(), "fn must be torch.float32"),
+        ("scale", torch.zeros(4), r"scale must have shape \[3\]"),
+        ("base", torch.zeros(4), r"base must have shape \[24\]"),
+        ("base", torch.zeros(24).half(), "base must be torch.float32"),
+        ("sinkhorn_iters", 0, "sinkhorn_iters must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(device, rng, name, value, message):
+    arguments = dict(zip(("streams", "fn", "scale", "base"), problem(rng, device), strict=True)) | OPTIONS
+    arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    with pytest.raises(ValueError, match=message):
+        mhc_pre(**arguments)

@@ -1,0 +1,44 @@
+"""SwiGLU with the asymmetric clamp (spec section 3.8)."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_deepseek_v4flash.ops.swiglu import swiglu
+
+from .numeric import FUNCTION, U32, assert_within, f64, normal
+
+
+def oracle(gate, up, limit):
+    out = []
+    for g, u in zip(f64(gate).flatten().tolist(), f64(up).flatten().tolist(), strict=True):
+        if limit is not None:
+            g, u = min(g, limit), max(-limit, min(u, limit))
+        out.append(g / (1 + math.exp(-g)) * u)
+    return torch.tensor(out, dtype=torch.float64).view(gate.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [None, 10.0, 0.7])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (2, 3, 8), (0, 8)])
+def test_matches_the_formula_in_fp32(device, rng, dtype, limit, shape):
+    gate, up = (normal(rng, *shape, scale=6, device=device, dtype=dtype) for _ in range(2))
+    actual = swiglu(gate, up, limit)
+    assert actual.dtype == torch.float32
+    expected = oracle(gate, up, limit)
+    # exp of x errs by |x| * U32 more than by its own ulp where it is computed through exp2; |x| < 30 here.
+    assert_within(actual, expected, (FUNCTION + 30 * U32) * expected.abs())
+
+
+def test_gate_is_clamped_from_above_only(device):
+    gate = torch.tensor([-3.0, 3.0, -3.0, 3.0, 0.5], device=device)
+    up = torch.tensor([3.0, -3.0, -0.5, 0.5, 1.0], device=device)
+    silu = [g / (1 + math.exp(-g)) for g in (-3.0, 1.0, -3.0, 1.0, 0.5)]
+    expected = [a * b for a, b in zip(silu, (1.0, -1.0, -0.5, 0.5, 1.0), strict=True)]
+    assert swiglu(gate, up, 1.0).tolist() == pytest.approx(expected, rel=FUNCTION)
+
+
+def test_wrong_up_is_named(device):
+    with pytest.raises(ValueError, match=r"up must have shape \[2, 4\], got \[2, 3\]"):
+        swiglu(torch.zeros(2, 4, device=device), torch.zeros(2, 3, device=device), None)
