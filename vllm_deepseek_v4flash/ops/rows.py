@@ -123,8 +123,9 @@ def dequantise(data: torch.Tensor, scales: torch.Tensor, fmt: RowFormat) -> torc
         values, tail = table[nibbles.long()], None
     else:
         values = data[..., : fmt.quantised].contiguous().view(torch.float8_e4m3fn).float()
-        # A copy, because bf16 needs an even offset, which an odd `quantised` does not give.
-        tail = data[..., fmt.quantised :].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+        # bf16 is the upper half of fp32. A view would need even offsets, which an odd `quantised` does not give.
+        low, high = data[..., fmt.quantised :].int().unflatten(-1, (-1, 2)).unbind(-1)
+        tail = (low << 16 | high << 24).view(torch.float32)
     values = values * _power_of_two(scales).repeat_interleave(fmt.block, dim=-1)[..., : fmt.quantised]
     return values if tail is None else torch.cat((values, tail), dim=-1)
 
