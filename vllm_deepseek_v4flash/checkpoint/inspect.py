@@ -24,8 +24,7 @@ _INTEGERS = ("I64", "I32")
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # What the model keeps in fp32 (tid2eid in int32) whatever its dtype; see `layers/`.
 _FOUR_BYTES = re.compile(r"hc_|.*\.(hc_\w+|attn_sink|ape|bias|tid2eid)$")
-# Parameters beside a module's weight that are no part of it.
-_ROUTER_PARAMETERS = {"gate": ("bias", "tid2eid")}
+_ROUTER_PARAMETERS = ("bias", "tid2eid")
 # As many tensors of one kind are named; the counts are complete.
 MAX_LISTED = 20
 
@@ -148,9 +147,9 @@ class _Survey:
         fused = names.fused_shape(self.config, native) if native else None
         module, _, leaf = (native or "").rpartition(".")
         # A hash layer has no `gate.bias`, the others no `gate.tid2eid`; neither is a leaf of the router's weight.
-        is_leaf = f"{module}.weight" in self.expected and leaf not in _ROUTER_PARAMETERS.get(
-            module.rpartition(".")[2], ()
-        )
+        is_leaf = f"{module}.weight" in self.expected
+        if module.endswith(".gate") and leaf in _ROUTER_PARAMETERS:
+            is_leaf = False
         if native is None or not (fused or native in self.expected or is_leaf):
             self.problem("unexpected", tensor.name, f"{_has(tensor)}; config.json asks for no such tensor")
             return
