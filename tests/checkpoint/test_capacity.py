@@ -24,8 +24,7 @@ from vllm_deepseek_v4flash.checkpoint.capacity import (
 )
 from vllm_deepseek_v4flash.compat import SlidingWindowMLASpec
 from vllm_deepseek_v4flash.config import DeepseekV4Config
-from vllm_deepseek_v4flash.quantization.methods import shard_scheme
-from vllm_deepseek_v4flash.quantization.scheme import QuantizationError, Scheme
+from vllm_deepseek_v4flash.quantization.scheme import QuantizationError, Scheme, shard_scheme
 
 GIB = 1 << 30
 CONFIG = DeepseekV4Config.from_dict(FLASH)

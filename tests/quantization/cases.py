@@ -207,7 +207,6 @@ CASES: dict[str, dict[str, Make]] = {
             for group in (32, 64, 128, -1)
             for asymmetric in (False, True)
             for ordered in (False, True)
-            if not (ordered and group == -1)
         },
         "few-outputs": partial(gptq, n=4, asymmetric=True),
         "outputs-not-a-multiple-of-8": partial(gptq, n=36, asymmetric=True, ordered=True),

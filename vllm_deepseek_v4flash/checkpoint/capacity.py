@@ -6,7 +6,6 @@ pool is laid out as vLLM's planner does it. What a step needs besides is an esti
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import Literal
 from ..attention.formats import CacheFormats
 from ..attention.page_sizes import kv_bytes_per_token, layer_pages
 from ..config import BLOCK_TOKENS, DeepseekV4Config
-from ..quantization.scheme import Scheme, canonical_shapes
+from ..quantization.scheme import Scheme, canonical_shapes, shard_problem, shard_scheme
 
 Cut = Literal["rows", "columns", "experts", "vocabulary", "none"]
 
@@ -100,13 +99,9 @@ def _cut_problem(tensor: ResidentTensor, limits: Limits) -> str | None:
         size = _padded_vocabulary(size)
     if size % tp:
         return f"has {size} {'rows' if cut == 'vocabulary' else cut}, which {tp} GPUs do not divide"
-    if cut == "columns" and scheme.act_order:
-        return f"is packed in activation order: its groups are scattered over the columns that {tp} GPUs would divide"
-    # A channel-wise scale serves every part of its row; of the others only fp8's stand for several rows.
-    grouped = scheme.kind == "fp8" or (cut == "columns" and scheme.kind != "plain" and scheme.group_size < size)
-    if grouped and size // tp % scheme.group_size:
-        return f"has groups of {scheme.group_size} {cut}, which {tp} GPUs with {size // tp} {cut} each would cut"
-    return None
+    part = [*tensor.shape]
+    part[1 if cut == "columns" else 0] = size // tp
+    return shard_problem(scheme, (part[0], part[1]), (tensor.shape[0], tensor.shape[1])) if len(part) == 2 else None
 
 
 def _padded_vocabulary(rows: int) -> int:
@@ -127,8 +122,7 @@ def rank_bytes(tensor: ResidentTensor, limits: Limits) -> int:
     if tensor.scheme.kind == "plain":
         total = math.prod(shape) * tensor.value_bytes
     else:
-        group = min(tensor.scheme.group_size, shape[1]) if tensor.scheme.kind == "int4" else tensor.scheme.group_size
-        scheme = dataclasses.replace(tensor.scheme, group_size=group)
+        scheme = shard_scheme(tensor.scheme, (shape[0], shape[1]), (tensor.shape[0], tensor.shape[1]))
         tensors = canonical_shapes(scheme, shape[0], shape[1]).values()
         total = sum(math.prod(size) * dtype.itemsize for size, dtype in tensors)
     return total // tp if cut == "experts" else total

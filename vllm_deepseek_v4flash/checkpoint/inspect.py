@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import DeepseekV4Config
 from ..quantization.formats import format_of
+from ..quantization.plan import HELD_UNPACKED
 from ..quantization.scheme import FLOAT_CODES, QuantizationError, Scheme, TensorHeader
 from . import names
 from .capacity import ResidentTensor
@@ -276,9 +277,9 @@ class _Survey:
         counts: Counter[ResidentTensor] = Counter()
         for native, spec in self.expected.items():
             module = native.removesuffix(".weight")
-            scheme = self.schemes.get(module, Scheme("plain"))
+            held = None if module in HELD_UNPACKED else self.schemes.get(module)
             value_bytes = 4 if _FOUR_BYTES.match(native) else self.value_bytes
-            counts[ResidentTensor(_pattern(module), spec.shape, scheme, value_bytes)] += 1
+            counts[ResidentTensor(_pattern(module), spec.shape, held or Scheme("plain"), value_bytes)] += 1
         return tuple(dataclasses.replace(tensor, count=count) for tensor, count in counts.items())
 
 

@@ -18,7 +18,7 @@ from vllm_deepseek_v4flash.checkpoint import names
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError as CheckpointError
 from vllm_deepseek_v4flash.checkpoint.names import TensorSpec
 from vllm_deepseek_v4flash.config import DeepseekV4Config
-from vllm_deepseek_v4flash.quantization.plan import PackedModule
+from vllm_deepseek_v4flash.quantization.plan import HELD_UNPACKED, PackedModule
 from vllm_deepseek_v4flash.quantization.scheme import QuantizationError, dequantise
 
 logger = logging.getLogger(logger_name(__name__))
@@ -148,8 +148,7 @@ class _Load:
             canonical = plan.repack(leaves)
         except QuantizationError as error:
             raise CheckpointError(f"{', '.join(plan.files)}: {error}") from error
-        if module in ("embed", "head"):
-            # vLLM's vocabulary layers hold plain weights only.
+        if module in HELD_UNPACKED:
             self._fill(native, dequantise(canonical, plan.scheme))
             logger.info("%s is stored in %s and held unpacked.", module, plan.scheme.kind)
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..ops.fused_experts import fused_experts
 from ..ops.packed_experts import packed_experts
 from ..ops.packed_linear import packed_linear
 from .plan import PackedModule
-from .scheme import FP8_BLOCK, QuantizationError, Scheme, canonical_shapes
+from .scheme import QuantizationError, Scheme, canonical_shapes, shard_scheme
 
 
 def method_for(plan: Mapping[str, PackedModule], layer: nn.Module, prefix: str) -> Any:
@@ -36,36 +35,6 @@ def method_for(plan: Mapping[str, PackedModule], layer: nn.Module, prefix: str) 
             raise QuantizationError(f"{first[0]} and {first[1]}: both must be packed, or neither")
         return PackedExpertsMethod(plan[first[0]].scheme, plan[first[1]].scheme)
     return None
-
-
-def shard_scheme(scheme: Scheme, shape: tuple[int, int], full: tuple[int, int]) -> Scheme:
-    """The scheme of one rank's `shape` of a weight whose whole is `full`, both [N, K].
-
-    Raises:
-        QuantizationError: the cut would go through a group or block of scales, or through reordered columns.
-    """
-    (n, k), (full_n, full_k) = shape, full
-    name = scheme.module or "a packed weight"
-    if k != full_k and scheme.act_order:
-        raise QuantizationError(
-            f"{name} is packed in activation order (g_idx) and split over its {full_k} input columns by "
-            "tensor parallelism: its groups are scattered over all ranks. Use tensor-parallel size 1, pipeline or "
-            "expert parallelism, or a checkpoint without desc_act"
-        )
-    if scheme.kind == "int4" and scheme.group_size == full_k:
-        # One scale for a whole row serves every part of the row.
-        return dataclasses.replace(scheme, group_size=k)
-    if k != full_k and k % scheme.group_size:
-        raise QuantizationError(
-            f"{name}: tensor parallelism would give each rank {k} of {full_k} input columns, which cuts a group of "
-            f"{scheme.group_size}. Use a smaller tensor-parallel size, or expert parallelism for experts"
-        )
-    if n != full_n and scheme.kind == "fp8" and n % FP8_BLOCK:
-        raise QuantizationError(
-            f"{name}: tensor parallelism would give each rank {n} of {full_n} rows, which cuts a "
-            f"{FP8_BLOCK}-row FP8 block. Use a smaller tensor-parallel size"
-        )
-    return scheme
 
 
 def load_shard(param: torch.Tensor, loaded: torch.Tensor, rank: int) -> None:

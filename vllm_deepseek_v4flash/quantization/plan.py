@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..checkpoint import names
 from ..config import DeepseekV4Config
+from .formats import Format, format_of
 from .scheme import QuantizationError, Scheme, TensorHeader
 
-
-class Format(Protocol):
-    """What a module of `formats/` offers (see `formats/__init__.py`)."""
-
-    def describe(self, config: dict[str, Any], module: str, leaves: dict[str, TensorHeader]) -> Scheme: ...
-
-    def repack(self, leaves: dict[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]: ...
+# vLLM's vocabulary layers hold plain weights only, so these are unpacked at load.
+HELD_UNPACKED = ("embed", "head")
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,6 @@ def plan_weights(
         if module in shapes:
             leaves[module][leaf] = TensorHeader(dtype, tuple(shape))
             files[module].add(file)
-    from .formats import format_of
-
     fmt = format_of(quantization_config)
     plan: dict[str, PackedModule] = {}
     for module, present in leaves.items():

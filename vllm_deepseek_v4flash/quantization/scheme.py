@@ -14,7 +14,7 @@ A weight is `[N, K]` (out, in). By kind:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -113,6 +113,45 @@ def canonical_shapes(scheme: Scheme, n: int, k: int) -> dict[str, tuple[tuple[in
     if scheme.act_order:
         shapes["perm"] = ((k,), torch.int32)
     return shapes
+
+
+def shard_problem(scheme: Scheme, shape: tuple[int, int], full: tuple[int, int]) -> str | None:
+    """Why one rank cannot take `shape` of a packed weight whose whole is `full`, both [N, K]; None where it can."""
+    (n, k), (full_n, full_k) = shape, full
+    if scheme.kind == "plain" or shape == full:
+        return None
+    if k != full_k and scheme.act_order:
+        return (
+            f"is packed in activation order (g_idx), and its groups are scattered over the {full_k} columns that "
+            f"tensor parallelism would divide. Use tensor-parallel size 1, pipeline or expert parallelism, or a "
+            f"checkpoint without desc_act"
+        )
+    # A channel-wise scale serves every part of its row; of the others only fp8's stand for several rows.
+    if k != full_k and scheme.group_size != full_k and k % scheme.group_size:
+        return (
+            f"has groups of {scheme.group_size} columns, which ranks with {k} of {full_k} columns each would cut. Use "
+            f"a smaller tensor-parallel size, or expert parallelism for experts"
+        )
+    if n != full_n and scheme.kind == "fp8" and n % FP8_BLOCK:
+        return (
+            f"has groups of {FP8_BLOCK} rows, which ranks with {n} of {full_n} rows each would cut. Use a smaller "
+            f"tensor-parallel size, or expert parallelism for experts"
+        )
+    return None
+
+
+def shard_scheme(scheme: Scheme, shape: tuple[int, int], full: tuple[int, int]) -> Scheme:
+    """The scheme of one rank's `shape` of a weight whose whole is `full`, both [N, K].
+
+    Raises:
+        QuantizationError: the cut would go through a group or block of scales, or through reordered columns.
+    """
+    problem = shard_problem(scheme, shape, full)
+    if problem is not None:
+        raise QuantizationError(f"{scheme.module or 'a packed weight'} {problem}")
+    if scheme.kind == "int4" and scheme.group_size == full[1]:
+        return replace(scheme, group_size=shape[1])
+    return scheme
 
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:

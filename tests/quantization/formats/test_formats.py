@@ -61,6 +61,9 @@ def test_groups_are_contiguous(name: str, make: Make) -> None:
     g_idx = case.leaves.get("g_idx", case.leaves.get("weight_g_idx"))
     assert g_idx is not None
     assert torch.equal(g_idx[perm].long(), torch.arange(scheme.shape[1]) // scheme.group_size)
+    # Within a group in their order, so that w1 and w3 with one g_idx get one perm on every machine.
+    in_group = perm.unflatten(0, (-1, scheme.group_size))
+    assert torch.equal(in_group, in_group.sort(dim=1).values)
 
 
 @pytest.mark.parametrize("name", WHOLE + PARTIAL)

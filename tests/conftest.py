@@ -1,0 +1,64 @@
+"""What every test gets: a fixed environment, its own seed, and poison in place of uninitialised memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import zlib
+from collections.abc import Iterator
+
+# Before torch and vLLM are imported, which read these once; inherited by every process that a test starts.
+DEFAULTS = {
+    # Two engines' threads that spin for the same cores take ten times as long (tests/engine.py).
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Every checkpoint here is a local directory; a look at the hub could only hang.
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for _name, _value in DEFAULTS.items():
+    os.environ.setdefault(_name, _value)
+
+import pytest  # noqa: E402
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        reason = why_no_gpu()
+        if reason is not None:
+            pytest.skip(reason)
+
+
+def why_no_gpu() -> str | None:
+    """Why a test marked `gpu` cannot run here; None where it can."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    return f"needs a CUDA device, and torch {torch.__version__} sees none"
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Random numbers that depend on the test alone, not on the tests before it."""
+    seed_all(request.node.nodeid)
+
+
+def seed_all(name: str) -> None:
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison() -> Iterator[None]:
+    """For the whole session, because engines of module-scoped fixtures outlive a test. See tests/poison.py."""
+    from tests.poison import poisoned_allocations
+
+    with poisoned_allocations():
+        yield

@@ -1,0 +1,88 @@
+"""From headers to parameters: what is planned, what is refused, and vocabulary layers that arrive packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.checkpoint.test_loader import FakeModel
+from tests.quantization import cases
+from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
+from vllm_deepseek_v4flash.checkpoint.loader import load_weights
+from vllm_deepseek_v4flash.quantization.formats.common import header_of
+from vllm_deepseek_v4flash.quantization.plan import PackedModule, plan_weights
+from vllm_deepseek_v4flash.quantization.scheme import QuantizationError
+
+SPEC = tiny.CONFIGS["mixed"]
+CONFIG = SPEC.config
+
+
+def stored(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str, tuple[int, ...], str]]:
+    return [(name, header_of(t).dtype, tuple(t.shape), "model-00001.safetensors") for name, t in tensors.items()]
+
+
+def with_packed(module: str, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """SPEC's tensors with the weight of one module packed by GPTQ."""
+    tensors = tiny.random_tensors(SPEC)
+    n, k = tensors.pop(f"{module}.weight").shape
+    case = cases.gptq(n=n, k=k, **options)
+    tensors.update({f"{module}.{leaf}": tensor for leaf, tensor in case.leaves.items()})
+    return tensors, case
+
+
+def plan_of(tensors: dict[str, torch.Tensor], case: Any) -> dict[str, PackedModule]:
+    return plan_weights(CONFIG, case.config, stored(tensors))
+
+
+@pytest.mark.parametrize("module", ["embed", "head"])
+def test_packed_vocabulary_layers_are_unpacked_at_load(module: str) -> None:
+    tensors, case = with_packed(module)
+    plan = plan_of(tensors, case)
+    assert plan.keys() == {module}
+    model = FakeModel(CONFIG)
+    load_weights(model, CONFIG, tensors.items(), packed=plan)
+    weight = model.get_parameter("head.weight" if module == "head" else "model.embed.weight")
+    expected = plan[module].format.dequantise(case.leaves, plan[module].scheme)
+    assert torch.equal(weight, expected)
+
+
+def test_a_leaf_that_never_comes_is_missing() -> None:
+    tensors, case = with_packed("head")
+    plan = plan_of(tensors, case)
+    tensors.pop("head.scales")
+    with pytest.raises(CheckpointError, match=r"missing: head\.scales: is part of a packed weight"):
+        load_weights(FakeModel(CONFIG), CONFIG, tensors.items(), packed=plan)
+
+
+def test_a_leaf_that_comes_twice_is_a_duplicate() -> None:
+    tensors, case = with_packed("head")
+    twice = [*tensors.items(), ("lm_head.scales", tensors["head.scales"])]
+    with pytest.raises(CheckpointError, match=r"duplicate: lm_head\.scales"):
+        load_weights(FakeModel(CONFIG), CONFIG, twice, packed=plan_of(tensors, case))
+
+
+def test_a_bad_value_names_file_and_tensor() -> None:
+    tensors, case = with_packed("head")
+    plan = plan_of(tensors, case)
+    tensors["head.scales"][0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors: .*head.*scales"):
+        load_weights(FakeModel(CONFIG), CONFIG, tensors.items(), packed=plan)
+
+
+def test_a_packed_weight_of_another_shape_is_refused() -> None:
+    tensors, case = with_packed("head")
+    wider = dataclasses.replace(CONFIG, vocab_size=2 * CONFIG.vocab_size)
+    with pytest.raises(QuantizationError, match=r"head: the packed tensors hold a weight of .* config\.json asks for"):
+        plan_weights(wider, case.config, stored(tensors))
+
+
+def test_experts_of_one_layer_must_be_packed_alike() -> None:
+    tensors, case = with_packed("layers.0.ffn.experts.1.w1")
+    with pytest.raises(
+        QuantizationError, match=r"not packed.*experts of one layer are stacked and must be packed alike"
+    ):
+        plan_of(tensors, case)
