@@ -219,6 +219,8 @@ def test_chat_run_asks_as_many_as_wanted(demo, capsys):
         pytest.param(["--dtype", "float32"], "float32", "float32 rows", 24, id="float32"),
         # bfloat16 and fp8 rows round: of all 200 questions one reply differs, so of 24 two may.
         pytest.param([], "bfloat16", "fp8 rows", 22, id="as-saved"),
+        # Its own eval.jsonl holds transformers' tokens with the dequantised weights.
+        pytest.param([f"{TOY}-int4", "--dtype", "float32"], "float32", "float32 rows", 24, id="int4"),
     ],
 )
 def test_demo_on_the_toy_agrees_with_transformers(options, dtype, rows, least_identical):
