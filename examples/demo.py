@@ -259,7 +259,7 @@ def make_llm(options: argparse.Namespace) -> Any:
     arguments = {"model": str(options.directory), "dtype": options.dtype, "use_tqdm_on_load": False}
     if options.kv_cache_memory_bytes is not None:
         arguments["kv_cache_memory_bytes"] = options.kv_cache_memory_bytes
-    elif options.directory == TOY:
+    elif options.directory.resolve().parent == TOY.parent:
         # Left alone, vLLM claims and clears half of the memory, which takes longer than all the rest.
         arguments["kv_cache_memory_bytes"] = TOY_CACHE_BYTES
     if options.index_cache_dtype is not None:
@@ -280,7 +280,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="as vLLM's; auto is the checkpoint's own")
     parser.add_argument("--kv-cache-dtype", help="as vLLM's")
     parser.add_argument("--index-cache-dtype", help="the indexer's keys: fp8, fp4 or model")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, help="as vLLM's; 1 GiB for the toy")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="as vLLM's; 1 GiB for the toys")
     parser.add_argument("--max-model-len", type=int, help="as vLLM's")
     parser.add_argument("--num-questions", type=int, help="ask only the first this many (default: all)")
     options = parser.parse_args(arguments)
