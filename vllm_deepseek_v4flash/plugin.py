@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_deepseek_v4flash import DISABLE_ENV, logger_name
+from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +165,6 @@ def _install_config_hook() -> None:
 
 def check_model_config(model_config: ModelConfig) -> None:
     """Refuse a checkpoint that cannot be served, before anything is loaded: ValueError with what to do."""
-    from vllm_deepseek_v4flash.config import DeepseekV4Config
     from vllm_deepseek_v4flash.quantization.config import CLAIMED, NAME
 
     DeepseekV4Config.from_hf(model_config.hf_config)
@@ -234,12 +234,34 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
                 f"--{option.replace('_', '-')} {size} is not served with DeepSeek-V4 by vllm-deepseek-v4flash: "
                 f"{why}. Use 1; tensor and pipeline parallelism work."
             )
+    check_pipeline_stages(
+        DeepseekV4Config.from_hf(vllm_config.model_config.hf_config), parallel.pipeline_parallel_size
+    )
     if parallel.data_parallel_size > 1 and parallel.enable_expert_parallel:
         raise ValueError(
             f"--data-parallel-size {parallel.data_parallel_size} with --enable-expert-parallel is not served with "
             f"DeepSeek-V4 by vllm-deepseek-v4flash: experts are sharded inside the tensor-parallel group only. "
             f"Drop one of the two options."
         )
+
+
+def check_pipeline_stages(config: DeepseekV4Config, stages: int) -> None:
+    """Refuse a pipeline with a stage that lacks a kind of layer: ValueError with the stage and the mend.
+
+    vLLM plans the caches of all stages together, and its plan names caches that such a stage does not have.
+    """
+    from vllm.distributed.utils import get_pp_indices
+
+    kinds = set(config.layer_kinds) - {LayerKind.WINDOW}
+    for stage in range(stages):
+        start, end = get_pp_indices(config.num_hidden_layers, stage, stages)
+        lacking = sorted(kind.value.upper() for kind in kinds - set(config.layer_kinds[start:end]))
+        if lacking:
+            raise ValueError(
+                f"--pipeline-parallel-size {stages}: stage {stage} has layers {start} to {end - 1}, none of them "
+                f"{' or '.join(lacking)}, and vLLM cannot lay out the cache of such a stage. Use fewer stages, or set "
+                f"VLLM_PP_LAYER_PARTITION so that each has every kind of compressed layer."
+            )
 
 
 def _use_paged_cache_on_cpu(model_config: ModelConfig) -> None:
