@@ -15,7 +15,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NEW_TOKENS = 40
 
 
-@pytest.fixture(scope="module", params=tiny.CONFIGS)
+# All kinds of layers and the indexer's choice, in the time that Triton's interpreter allows.
+ON_BOTH_RUNNERS = ("topk", "odd")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.both_runners if name in ON_BOTH_RUNNERS else ()) for name in tiny.CONFIGS
+    ],
+)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serve(request.param, tmp_path_factory.mktemp("parity")) as running:
         yield running

@@ -44,7 +44,7 @@ def install() -> str:
     done = [f"{ARCHITECTURE} is served by {MODEL_PATH} instead of vLLM's in-tree class"]
     try:
         _register_quantization()
-        done.append("its quantised weights are read by ours too")
+        done.append("its packed weights are read by this plugin")
     except Exception as error:
         logger.warning(
             "vLLM's quantisation registry has changed (%s): quantised DeepSeek-V4 checkpoints are refused.", error
