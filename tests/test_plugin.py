@@ -546,5 +546,14 @@ def test_row_formats_that_are_served(tmp_path, dtype):
     ids=["tp+ep", "pp"],
 )
 def test_parallelism_that_is_served(tmp_path, arguments):
-    config = engine_config(write_config(tmp_path / "model"), **arguments)
+    # Each half has a CSA and an HCA layer.
+    model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[4, 128, 0, 0, 128, 4, 0])
+    config = engine_config(model, **arguments)
     assert {name: getattr(config.parallel_config, name) for name in arguments} == arguments
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_pipeline_stage_without_a_kind_of_layer_is_refused(tmp_path):
+    model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[0, 4, 128, 4, 4, 4, 0])
+    with pytest.raises(ValueError, match=r"stage 1 has layers 3 to 5, none of them HCA.*VLLM_PP_LAYER_PARTITION"):
+        engine_config(model, pipeline_parallel_size=2)
