@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.checkpoint.test_loader import FakeModel
 from tests.quantization import cases
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
 from vllm_deepseek_v4flash.checkpoint.loader import load_weights
+from vllm_deepseek_v4flash.quantization.config import DeepseekV4QuantConfig
 from vllm_deepseek_v4flash.quantization.formats.common import header_of
 from vllm_deepseek_v4flash.quantization.plan import PackedModule, plan_weights
 from vllm_deepseek_v4flash.quantization.scheme import QuantizationError
@@ -86,3 +88,19 @@ def test_experts_of_one_layer_must_be_packed_alike() -> None:
         QuantizationError, match=r"not packed.*experts of one layer are stacked and must be packed alike"
     ):
         plan_of(tensors, case)
+
+
+def test_a_hub_repository_is_described_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, case = with_packed("head")
+    asked = []
+
+    def metadata(repo: str, revision: str | None = None) -> Any:
+        asked.append((repo, revision))
+        found = {name: SimpleNamespace(dtype=dtype, shape=list(shape)) for name, dtype, shape, _ in stored(tensors)}
+        return SimpleNamespace(files_metadata={"model-00001.safetensors": SimpleNamespace(tensors=found)})
+
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    config = DeepseekV4QuantConfig(case.config)
+    config.maybe_update_config("someone/a-checkpoint", hf_config=SPEC.hf_config, revision="main")
+    assert asked == [("someone/a-checkpoint", "main")]
+    assert config.plan == plan_of(tensors, case)
