@@ -1,0 +1,27 @@
+"""With the engine core in a process of its own, as `vllm serve` runs it, the answers are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.engine import running
+from tests.scheduler.conftest import Engines, References
+from tests.scheduler.prompts import TEXTS
+from tests.scheduler.steering import Request, difference, generate
+
+PROMPTS = (TEXTS[0], TEXTS[2], TEXTS[4][:130])
+NEW_TOKENS = 20
+
+
+def test_engine_core_in_a_process_of_its_own(checkpoint: Path, engines: Engines, references: References) -> None:
+    wanted = [references.get(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    engines.close()
+    options = {"max_num_batched_tokens": 129, "enable_prefix_caching": True}
+    with running(checkpoint, multiprocessing=True, **options) as llm:
+        assert not hasattr(llm.llm_engine.engine_core, "engine_core"), "the engine core runs in this process"
+        cold = generate(llm, [Request(prompt, NEW_TOKENS, prompt_logprobs=True) for prompt in PROMPTS])
+        cached = generate(llm, [Request(prompt, NEW_TOKENS) for prompt in PROMPTS])
+    assert [result.cached for result in cold] == [0, 0, 0]
+    assert [result.cached for result in cached] == [512, 512, 0]
+    for result, reference in zip(cold + cached, wanted + wanted, strict=True):
+        difference(result, reference)

@@ -1,0 +1,132 @@
+"""Any schedule gives every request that comes to its end the distributions that it has alone.
+
+A schedule is drawn: prompts with shared beginnings, arrivals, new tokens, aborts, the number of tokens of each step,
+and steps without free blocks. It repeats exactly from its seed: `SCHEDULE_SEED=7 pytest …` draws others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from tests.scheduler.conftest import Engines, References
+from tests.scheduler.prompts import TEXT_LENGTH, TEXTS
+from tests.scheduler.steering import Request, Squeeze, difference
+
+# So that a request may start before all of its prompt has room, and is preempted when none comes free.
+OPTIONS = {
+    "enable_prefix_caching": True,
+    "prefix_cache_retention_interval": 256,
+    "scheduler_reserve_full_isl": False,
+}
+SEED = int(os.environ.get("SCHEDULE_SEED", "2"))
+MAX_NEW_TOKENS = 12
+# Next to the ends of entries, windows and pages.
+LENGTHS = (1, 4, 5, 33, 127, 128, 129, 256, 257, 300, 511, 512, 513, 530, 641, 700, TEXT_LENGTH)
+CHUNKS = (1, 3, 5, 127, 128, 129, 200)
+# A schedule of fewer tokens a step than this on average takes a minute.
+MIN_MEAN_BUDGET = 24
+
+
+@dataclass(frozen=True)
+class Schedule:
+    requests: tuple[Request, ...]
+    budgets: tuple[int, ...]
+    squeezes: tuple[Squeeze, ...]
+    threshold: int
+    """vLLM's long_prefill_token_threshold, 0 for none."""
+
+
+@st.composite
+def requests(draw: Any, texts: Sequence[tuple[int, ...]]) -> Request:
+    prompt = draw(st.sampled_from(texts))[: draw(st.sampled_from(LENGTHS))]
+    return Request(
+        prompt,
+        max_tokens=draw(st.integers(1, MAX_NEW_TOKENS)),
+        arrival=draw(st.integers(0, 30)),
+        abort_after=draw(st.none() | st.none() | st.integers(1, 20)),
+        # rarely, as such a request reads no prefix cache
+        prompt_logprobs=draw(st.sampled_from((False, False, False, True))),
+    )
+
+
+@st.composite
+def schedules(draw: Any) -> Schedule:
+    chunks = st.sampled_from(CHUNKS) | st.integers(1, 300)
+    budgets = draw(st.lists(chunks, min_size=1, max_size=6))
+    while sum(budgets) < MIN_MEAN_BUDGET * len(budgets):
+        budgets.append(200)
+    starts = draw(st.lists(st.integers(1, 15), max_size=2, unique=True))
+    # Fewer blocks than one step may want: a request that gets none of them waits for the end of the squeeze.
+    blocks = st.sampled_from((0, 20, 40, 80, 120))
+    squeezes = tuple(Squeeze(start, draw(st.integers(5, 40)), draw(blocks)) for start in starts)
+    texts = draw(st.sampled_from((TEXTS[:2], TEXTS[2:4], TEXTS)))
+    return Schedule(
+        requests=tuple(draw(st.lists(requests(texts), min_size=2, max_size=6))),
+        budgets=tuple(budgets),
+        squeezes=squeezes,
+        threshold=draw(st.just(0) | chunks),
+    )
+
+
+def check_schedules(count: int, first_seed: int, engines: Engines, references: References) -> Counter[str]:
+    """Run `count` schedules on one engine; returns how often each thing that a schedule may contain happened."""
+    seen: Counter[str] = Counter()
+    worst = 0.0
+
+    @seed(first_seed)
+    @settings(
+        max_examples=count, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(schedules())
+    def check(schedule: Schedule) -> None:
+        nonlocal worst
+        runner = engines.get(**OPTIONS)
+        wanted = [references.get(request.prompt, MAX_NEW_TOKENS, runner) for request in schedule.requests]
+        runner.scheduler.scheduler_config.long_prefill_token_threshold = schedule.threshold
+        try:
+            run = runner.run(schedule.requests, schedule.budgets, schedule.squeezes)
+        finally:
+            runner.scheduler.scheduler_config.long_prefill_token_threshold = 0
+        for number, request in enumerate(schedule.requests):
+            seen["aborted" if run.results[number] is None else "finished"] += 1
+            seen["chunked"] += sum(run.chunks(number)) > max(run.chunks(number), default=0) > 1
+            if run.results[number] is not None:
+                assert len(run.result(number).tokens) == request.max_tokens
+                worst = max(worst, difference(run.result(number), wanted[number]))
+                seen["cached"] += run.result(number).cached > 0
+        seen["together"] += any(len(step) > 1 for step in run.steps)
+        seen["preempted"] += run.preemptions
+        seen["schedules"] += 1
+
+    check()
+    print(f"seed {first_seed}: {dict(seen)}, largest difference {worst:.1e}")
+    return seen
+
+
+def assert_all_happened(seen: Counter[str], schedules: int) -> None:
+    assert seen["schedules"] >= schedules
+    for what in ("finished", "aborted", "chunked", "cached", "together", "preempted"):
+        assert seen[what] > 0, f"no schedule had a request {what}: {dict(seen)}"
+
+
+def test_schedules(engines: Engines, references: References) -> None:
+    assert_all_happened(check_schedules(20, SEED, engines, references), 20)
+
+
+@pytest.mark.slow
+def test_many_schedules(engines: Engines, references: References) -> None:
+    assert_all_happened(check_schedules(200, SEED + 1, engines, references), 200)
+
+
+@pytest.mark.slow
+@pytest.mark.both_runners
+def test_other_schedules(engines: Engines, references: References) -> None:
+    assert_all_happened(check_schedules(30, SEED + 2, engines, references), 30)
