@@ -557,3 +557,13 @@ def test_a_pipeline_stage_without_a_kind_of_layer_is_refused(tmp_path):
     model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[0, 4, 128, 4, 4, 4, 0])
     with pytest.raises(ValueError, match=r"stage 1 has layers 3 to 5, none of them HCA.*VLLM_PP_LAYER_PARTITION"):
         engine_config(model, pipeline_parallel_size=2)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_pipeline_on_a_cpu_keeps_vllms_warm_up_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[4, 128, 0, 0, 128, 4, 0])
+    with pytest.raises(ValueError, match=r"--pipeline-parallel-size 2 on a CPU.*start without --enforce-eager"):
+        engine_config(model, pipeline_parallel_size=2, enforce_eager=True)
+    config = engine_config(model, pipeline_parallel_size=2)
+    assert config.compilation_config.mode != 0

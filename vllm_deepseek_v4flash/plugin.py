@@ -28,6 +28,7 @@ IN_TREE_ARCHITECTURE = "DeepseekV4ForCausalLM_vllm_in_tree"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla")
 
 _MLA_DISABLE_ENV = "VLLM_MLA_DISABLE"
+_BREAKABLE_GRAPH_ENV = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 # Marks our config hook: an isinstance check would miss one installed by an earlier import of this module.
 _HOOK_MARK = "vllm_deepseek_v4flash_hook"
 
@@ -157,6 +158,7 @@ def _install_config_hook() -> None:
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             check_engine_config(vllm_config)
             _run_eagerly_on_a_gpu(vllm_config)
+            _warm_up_pipeline_stages_on_a_cpu(vllm_config)
             original.verify_and_update_config(vllm_config)
 
     setattr(DeepseekV4FlashConfigHook, _HOOK_MARK, True)
@@ -197,6 +199,26 @@ def _run_eagerly_on_a_gpu(vllm_config: VllmConfig) -> None:
     if not current_platform.is_cpu() and not model_config.enforce_eager:
         model_config.enforce_eager = True
         logger.info("CUDA graphs are off (as with --enforce-eager): this version's ops cannot be captured.")
+
+
+def _warm_up_pipeline_stages_on_a_cpu(vllm_config: VllmConfig) -> None:
+    """Make vLLM's CPU worker do its warm-up run, in which a later stage makes the buffer that it receives into.
+
+    It skips that run, and then fails at the first step, when no compilation is asked for; that is so for this
+    architecture because vLLM turns on breakable CUDA graphs for it, which a CPU has no use for.
+    """
+    from vllm.platforms import current_platform
+
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1 or not current_platform.is_cpu():
+        return
+    if vllm_config.model_config.enforce_eager:
+        raise ValueError(
+            f"--pipeline-parallel-size {stages} on a CPU needs vLLM's warm-up run, which --enforce-eager turns off: "
+            f"start without --enforce-eager."
+        )
+    # Not only where it is unset: an earlier engine of this process has set it to 1.
+    os.environ[_BREAKABLE_GRAPH_ENV] = "0"
 
 
 def check_engine_config(vllm_config: VllmConfig) -> None:

@@ -45,7 +45,7 @@ def test_the_same_prompt_many_times_at_once(engines: Engines, references: Refere
     check(run, requests, references)
 
 
-@pytest.mark.parametrize("caching", [False, pytest.param(True, marks=pytest.mark.both_runners)])
+@pytest.mark.parametrize("caching", [False, True])
 def test_aborted_requests_leave_nothing_behind(caching: bool, engines: Engines, references: References) -> None:
     runner = engines.get(enable_prefix_caching=caching)
     free = runner.pool.get_num_free_blocks()
