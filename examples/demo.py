@@ -180,8 +180,7 @@ def run_eval(llm: Any, questions: Sequence[Question]) -> None:
 
     tokenizer = llm.get_tokenizer()
     prompts = [
-        {"prompt_token_ids": tokenizer.encode(question.prompt, add_special_tokens=False)}
-        for question in questions
+        {"prompt_token_ids": tokenizer.encode(question.prompt, add_special_tokens=False)} for question in questions
     ]
     limit = 2 * max(len(question.greedy_token_ids) for question in questions)
     started = time.perf_counter()

@@ -73,9 +73,9 @@ def test_all_sources_agree(hf_config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("hf_config", [FLASH, *(spec.hf_config for spec in CONFIGS.values())])
 def test_vllm_object_agrees(hf_config: dict[str, Any]) -> None:
     configs = pytest.importorskip("vllm.transformers_utils.configs.deepseek_v4")
-    assert DeepseekV4Config.from_hf(
-        configs.DeepseekV4Config(**copy.deepcopy(hf_config))
-    ) == DeepseekV4Config.from_dict(hf_config)
+    assert DeepseekV4Config.from_hf(configs.DeepseekV4Config(**copy.deepcopy(hf_config))) == DeepseekV4Config.from_dict(
+        hf_config
+    )
 
 
 def test_defaults_of_absent_keys_are_those_of_transformers() -> None:

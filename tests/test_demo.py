@@ -109,9 +109,7 @@ def test_cache_cost_separates_what_grows(demo):
 
 
 def test_specs_of_uniform_and_mixed_groups(demo):
-    uniform = SimpleNamespace(
-        layer_names=["0.window", "1.window"], kv_cache_spec=SimpleNamespace(kind="window")
-    )
+    uniform = SimpleNamespace(layer_names=["0.window", "1.window"], kv_cache_spec=SimpleNamespace(kind="window"))
     specs = {"1.entries": "entries", "1.index_entries": "index"}
     mixed = SimpleNamespace(layer_names=list(specs), kv_cache_spec=SimpleNamespace(kv_cache_specs=specs))
     runner = SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=[uniform, mixed]))

@@ -68,9 +68,7 @@ def _config(**overrides: Any) -> Callable[[TinySpec, Tensors], TinySpec]:
     return lambda spec, tensors: dataclasses.replace(spec, overrides={**spec.overrides, **overrides})
 
 
-def _tensors(
-    part: str, change: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[TinySpec, Tensors], TinySpec]:
+def _tensors(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TinySpec, Tensors], TinySpec]:
     def apply(spec: TinySpec, tensors: Tensors) -> TinySpec:
         names = [name for name in tensors if part in name]
         assert names, part

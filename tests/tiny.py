@@ -210,9 +210,7 @@ def random_tensors(spec: TinySpec) -> dict[str, torch.Tensor]:
     }
 
 
-def _random_tensor(
-    name: str, shape: tuple[int, ...], spec: TinySpec, generator: torch.Generator
-) -> torch.Tensor:
+def _random_tensor(name: str, shape: tuple[int, ...], spec: TinySpec, generator: torch.Generator) -> torch.Tensor:
     def normal(scale: float, shift: float = 0.0) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * scale + shift
 
@@ -306,9 +304,7 @@ def fuse_experts(config: DeepseekV4Config, tensors: Mapping[str, torch.Tensor]) 
     experts = range(config.n_routed_experts)
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}.ffn.experts."
-        gate_up = [
-            torch.cat([tensors[f"{prefix}{e}.w1.weight"], tensors[f"{prefix}{e}.w3.weight"]]) for e in experts
-        ]
+        gate_up = [torch.cat([tensors[f"{prefix}{e}.w1.weight"], tensors[f"{prefix}{e}.w3.weight"]]) for e in experts]
         fused[f"layers.{layer}.{names.FUSED_GATE_UP}"] = torch.stack(gate_up)
         down = [tensors[f"{prefix}{e}.w2.weight"] for e in experts]
         fused[f"layers.{layer}.{names.FUSED_DOWN}"] = torch.stack(down)

@@ -235,9 +235,7 @@ def _check_architecture(source: _Source) -> None:
     model_type = source.get("model_type")
     if model_type != "deepseek_v4":
         hint = "; DeepSeek-V4.1 is another architecture and stays with vLLM's own class"
-        raise _error(
-            "model_type", model_type, "'deepseek_v4'" + (hint if model_type == "deepseek_v41" else "")
-        )
+        raise _error("model_type", model_type, "'deepseek_v4'" + (hint if model_type == "deepseek_v41" else ""))
     vision_layers = source.get("vision_n_layers", 0)
     if vision_layers:
         raise _error("vision_n_layers", vision_layers, "0; the vision variant stays with vLLM's own class")
@@ -262,9 +260,7 @@ def _layer_schedule(source: _Source, n_layers: int) -> tuple[tuple[LayerKind, ..
     native = source.get("compress_ratios")
     saved = source.get("layer_types")
     if native is None and saved is None:
-        raise _error(
-            "compress_ratios", None, "one of 0, 1, 4, 128 for each layer (or layer_types with compress_rates)"
-        )
+        raise _error("compress_ratios", None, "one of 0, 1, 4, 128 for each layer (or layer_types with compress_rates)")
     if native is None:
         return _schedule_from_layer_types(source, saved, n_layers)
     schedule = _schedule_from_ratios(native, n_layers)
@@ -341,10 +337,7 @@ def _rope_head_dim(source: _Source, head_dim: int) -> int:
     if explicit is not None:
         rope_dim = _as_integer("qk_rope_head_dim", explicit)
         # transformers stores both, and cuts the product down to an integer, which may lose one to rounding.
-        if (
-            factor is not None
-            and abs(_as_positive("partial_rotary_factor", factor) * head_dim - rope_dim) > 1
-        ):
+        if factor is not None and abs(_as_positive("partial_rotary_factor", factor) * head_dim - rope_dim) > 1:
             allowed = f"qk_rope_head_dim / head_dim = {rope_dim} / {head_dim}"
             raise _error("partial_rotary_factor", factor, allowed)
         return rope_dim
@@ -390,9 +383,7 @@ def _rope_scaling(parameters: Mapping[str, Any], field: str) -> RopeScaling | No
     if rope_type != "yarn":
         raise _error(f"{field}.type", rope_type, "'yarn', 'default' or no scaling at all (null)")
     if parameters.get("attention_factor") not in (None, 1, 1.0):
-        raise _error(
-            f"{field}.attention_factor", parameters["attention_factor"], "1.0; V4 has no YaRN mscale"
-        )
+        raise _error(f"{field}.attention_factor", parameters["attention_factor"], "1.0; V4 has no YaRN mscale")
     if parameters.get("truncate") not in (None, True):
         raise _error(f"{field}.truncate", parameters["truncate"], "true; V4 rounds the ramp outwards")
     beta_fast = _as_positive(f"{field}.beta_fast", parameters.get("beta_fast") or 32)
@@ -432,17 +423,11 @@ def _check_relations(config: DeepseekV4Config) -> None:
     if c.num_attention_heads % c.o_groups:
         raise _error("o_groups", c.o_groups, f"a divisor of num_attention_heads = {c.num_attention_heads}")
     if c.num_experts_per_tok > c.n_routed_experts:
-        raise _error(
-            "num_experts_per_tok", c.num_experts_per_tok, f"at most n_routed_experts = {c.n_routed_experts}"
-        )
+        raise _error("num_experts_per_tok", c.num_experts_per_tok, f"at most n_routed_experts = {c.n_routed_experts}")
     if c.num_hash_layers > c.num_hidden_layers:
-        raise _error(
-            "num_hash_layers", c.num_hash_layers, f"at most num_hidden_layers = {c.num_hidden_layers}"
-        )
+        raise _error("num_hash_layers", c.num_hash_layers, f"at most num_hidden_layers = {c.num_hidden_layers}")
     if not len(c.layer_kinds) == len(c.compress_ratios) == c.num_hidden_layers:
-        raise _error(
-            "compress_ratios", c.compress_ratios, f"num_hidden_layers = {c.num_hidden_layers} entries"
-        )
+        raise _error("compress_ratios", c.compress_ratios, f"num_hidden_layers = {c.num_hidden_layers} entries")
     for i, (kind, ratio) in enumerate(zip(c.layer_kinds, c.compress_ratios, strict=True)):
         if kind is LayerKind.WINDOW:
             if ratio != 0:

@@ -256,9 +256,7 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
                 f"--{option.replace('_', '-')} {size} is not served with DeepSeek-V4 by vllm-deepseek-v4flash: "
                 f"{why}. Use 1; tensor and pipeline parallelism work."
             )
-    check_pipeline_stages(
-        DeepseekV4Config.from_hf(vllm_config.model_config.hf_config), parallel.pipeline_parallel_size
-    )
+    check_pipeline_stages(DeepseekV4Config.from_hf(vllm_config.model_config.hf_config), parallel.pipeline_parallel_size)
     if parallel.data_parallel_size > 1 and parallel.enable_expert_parallel:
         raise ValueError(
             f"--data-parallel-size {parallel.data_parallel_size} with --enable-expert-parallel is not served with "

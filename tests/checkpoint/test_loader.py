@@ -70,9 +70,7 @@ def _check_filled(model: FakeModel, spec: TinySpec, tensors: dict[str, torch.Ten
     stacked = fuse_experts(spec.config, tensors)
     for name, parameter in parameters.items():
         native = name.removeprefix("model.")
-        native = native.replace("w13_weight", "gate_up_proj").replace(
-            "experts.w2_weight", "experts.down_proj"
-        )
+        native = native.replace("w13_weight", "gate_up_proj").replace("experts.w2_weight", "experts.down_proj")
         assert torch.equal(parameter, stacked[native].to(parameter.dtype)), name
 
 
@@ -87,9 +85,7 @@ def test_every_style_fills_every_parameter(style: names.Style, tensors: dict[str
 @pytest.mark.parametrize("prefix", ["layers", "model.layers"])
 def test_fused_experts(prefix: str, tensors: dict[str, torch.Tensor]) -> None:
     model = FakeModel(CONFIG)
-    stored = {
-        name.replace("layers", prefix): tensor for name, tensor in fuse_experts(CONFIG, tensors).items()
-    }
+    stored = {name.replace("layers", prefix): tensor for name, tensor in fuse_experts(CONFIG, tensors).items()}
     assert load_weights(model, CONFIG, stored.items()) == set(dict(model.named_parameters()))
     _check_filled(model, SPEC, tensors)
 
@@ -213,9 +209,7 @@ def test_pipeline_stages_together_fill_the_model(tensors: dict[str, torch.Tensor
     filled: set[str] = set()
     for layers, first, last in ((range(0, 2), True, False), (range(2, 4), False, True)):
         model = FakeModel(CONFIG, layers, first, last)
-        stage = load_weights(
-            model, CONFIG, tensors.items(), local_layers=layers, first_stage=first, last_stage=last
-        )
+        stage = load_weights(model, CONFIG, tensors.items(), local_layers=layers, first_stage=first, last_stage=last)
         assert stage == set(dict(model.named_parameters()))
         _check_filled(model, SPEC, tensors)
         assert not filled & stage

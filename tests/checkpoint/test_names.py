@@ -68,9 +68,7 @@ def test_transformers_reads_what_the_writer_wrote(
 ) -> None:
     spec = CONFIGS["odd"]
     native = oracle.load_oracle(write_checkpoint(tmp_path / "native", spec)).state_dict()
-    other = write_checkpoint(
-        tmp_path / "other", spec, style=style, fused=fused, resaved_config=resaved_config
-    )
+    other = write_checkpoint(tmp_path / "other", spec, style=style, fused=fused, resaved_config=resaved_config)
     read = oracle.load_oracle(other).state_dict()
     assert read.keys() == native.keys()
     assert all(torch.equal(read[name], native[name]) for name in native)
@@ -111,9 +109,7 @@ def test_flash_has_as_many_tensors_as_the_hub_says() -> None:
 FOUND = {
     "model.layers.1.attn.norm.weight": "layers.1.attn.kv_norm.weight",
     "model.layers.1.attn.wkv.weight_packed": "layers.1.attn.wkv.weight_packed",
-    "model.layers.1.attn.compressor.indexer.scorer.weights_proj.qzeros": (
-        "layers.1.attn.indexer.weights_proj.qzeros"
-    ),
+    "model.layers.1.attn.compressor.indexer.scorer.weights_proj.qzeros": ("layers.1.attn.indexer.weights_proj.qzeros"),
     "model.layers.1.attn.compressor.indexer.kv_norm.weight": "layers.1.attn.indexer.compressor.norm.weight",
     "model.layers.1.attn.compressor.indexer.kv_proj.scales": "layers.1.attn.indexer.compressor.wkv.scales",
     "model.layers.1.attn.compressor.kv_norm.weight": "layers.1.attn.compressor.norm.weight",
