@@ -17,7 +17,7 @@ from vllm_deepseek_v4flash.checkpoint.loader import load_weights
 from vllm_deepseek_v4flash.quantization.config import DeepseekV4QuantConfig
 from vllm_deepseek_v4flash.quantization.formats.common import header_of
 from vllm_deepseek_v4flash.quantization.plan import PackedModule, plan_weights
-from vllm_deepseek_v4flash.quantization.scheme import QuantizationError
+from vllm_deepseek_v4flash.quantization.scheme import QuantizationError, canonical_shapes, dequantise
 
 SPEC = tiny.CONFIGS["mixed"]
 CONFIG = SPEC.config
@@ -104,3 +104,22 @@ def test_a_hub_repository_is_described_by_its_headers(monkeypatch: pytest.Monkey
     config.maybe_update_config("someone/a-checkpoint", hf_config=SPEC.hf_config, revision="main")
     assert asked == [("someone/a-checkpoint", "main")]
     assert config.plan == plan_of(tensors, case)
+
+
+@pytest.mark.parametrize("layer", [0, CONFIG.num_hash_layers], ids=["hash", "biased"])
+def test_a_packed_router_keeps_its_bias_and_table(layer: int) -> None:
+    gate = f"layers.{layer}.ffn.gate"
+    tensors, case = with_packed(gate)
+    plan = plan_of(tensors, case)
+    assert plan[gate].leaves == set(case.leaves)
+    other = "tid2eid" if layer == 0 else "bias"
+    model = FakeModel(CONFIG)
+    for leaf, (shape, dtype) in canonical_shapes(plan[gate].scheme, *plan[gate].scheme.shape).items():
+        model._add(f"model.{gate}.{leaf}", shape).data = torch.zeros(shape, dtype=dtype)
+    load_weights(model, CONFIG, tensors.items(), packed=plan)
+    loaded = {leaf: model.get_parameter(f"model.{gate}.{leaf}") for leaf in ("qweight", "scales", other)}
+    assert torch.equal(loaded[other], tensors[f"{gate}.{other}"].to(loaded[other].dtype))
+    canonical = {leaf: loaded[leaf] for leaf in ("qweight", "scales")}
+    assert torch.equal(
+        dequantise(canonical, plan[gate].scheme), plan[gate].format.dequantise(case.leaves, plan[gate].scheme)
+    )

@@ -92,6 +92,7 @@ class Runner:
         self._schedule = self.scheduler.schedule
         self._log: list[Any] = []
         self._names = itertools.count()
+        self._held: dict[Squeeze, Any] = {}
         self.scheduler.schedule = self._recorded_schedule
 
     def _recorded_schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,33 +120,40 @@ class Runner:
         outputs: dict[str, Any] = {}
         names = [f"{next(self._names)}" for _ in requests]
         internal: dict[str, int] = {}
-        held: dict[Squeeze, Any] = {}
         last_arrival = max(request.arrival for request in requests)
         budget = itertools.cycle(budgets or (self.max_budget,))
         step = 0
-        while step <= last_arrival or self.engine.has_unfinished_requests():
-            assert step < MAX_STEPS, f"the engine does not come to an end: {self.scheduler.get_request_counts()}"
-            for number, request in enumerate(requests):
-                if request.arrival == step:
-                    internal[self._add(names[number], request)] = number
-                elif request.abort_after is not None and request.arrival + request.abort_after == step:
-                    self.engine.abort_request([names[number]])
-            for squeeze in squeezes:
-                if squeeze.start == step:
-                    count = max(0, self.pool.get_num_free_blocks() - squeeze.free)
-                    held[squeeze] = self.pool.get_new_blocks(count)
-                elif squeeze.start + squeeze.steps == step:
-                    self.pool.free_blocks(held.pop(squeeze))
-            self.scheduler.max_num_scheduled_tokens = next(budget)
-            if self.engine.has_unfinished_requests():
-                outputs |= {output.request_id: output for output in self.engine.step()}
-            step += 1
-        for blocks in held.values():
-            self.pool.free_blocks(blocks)
-        self.scheduler.max_num_scheduled_tokens = self.max_budget
+        try:
+            while step <= last_arrival or self.engine.has_unfinished_requests():
+                assert step < MAX_STEPS, f"the engine does not come to an end: {self.scheduler.get_request_counts()}"
+                for number, request in enumerate(requests):
+                    if request.arrival == step:
+                        internal[self._add(names[number], request)] = number
+                    elif request.abort_after is not None and request.arrival + request.abort_after == step:
+                        self.engine.abort_request([names[number]])
+                self._squeeze(squeezes, step)
+                self.scheduler.max_num_scheduled_tokens = next(budget)
+                if self.engine.has_unfinished_requests():
+                    outputs |= {output.request_id: output for output in self.engine.step()}
+                step += 1
+        finally:
+            self.scheduler.max_num_scheduled_tokens = self.max_budget
+            self._release(*self._held)
         steps = [{internal[name]: count for name, count in tokens.items()} for tokens, _ in self._log if tokens]
         results = [self._result(outputs.get(name), request) for name, request in zip(names, requests, strict=True)]
         return Run(results, steps, sum(preempted for _, preempted in self._log))
+
+    def _squeeze(self, squeezes: Sequence[Squeeze], step: int) -> None:
+        for squeeze in squeezes:
+            if squeeze.start == step:
+                count = max(0, self.pool.get_num_free_blocks() - squeeze.free)
+                self._held[squeeze] = self.pool.get_new_blocks(count)
+            elif squeeze.start + squeeze.steps == step:
+                self._release(squeeze)
+
+    def _release(self, *squeezes: Squeeze) -> None:
+        for squeeze in squeezes:
+            self.pool.free_blocks(self._held.pop(squeeze))
 
     def _add(self, name: str, request: Request) -> str:
         return self.engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, _sampling(request))

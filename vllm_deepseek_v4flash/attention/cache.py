@@ -89,4 +89,6 @@ class PagedCache(AttentionLayerBase):
         if self.kv_cache.ndim != 4:
             raise RuntimeError(f"vLLM has not bound memory to the cache {self.prefix}")
         rows_per_page = self.kv_cache.shape[2]
-        return PagedRows(self.kv_cache.squeeze(1).flatten(1), rows_per_page, self.format, metadata.block_table)
+        # view, not flatten: a copy would lose every write.
+        pages = self.kv_cache.squeeze(1).view(self.kv_cache.shape[0], -1)
+        return PagedRows(pages, rows_per_page, self.format, metadata.block_table)

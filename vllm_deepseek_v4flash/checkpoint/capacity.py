@@ -111,7 +111,7 @@ def _padded_vocabulary(rows: int) -> int:
 def rank_bytes(tensor: ResidentTensor, limits: Limits) -> int:
     """Bytes of one such weight on each GPU; only for what `division_problems` lets pass.
 
-    Under expert parallelism the average: a GPU holds every `gpus`-th expert whole.
+    Under expert parallelism the average: a GPU holds a block of experts whole.
     """
     cut, tp = cut_of(tensor.module, limits.expert_parallel), limits.gpus
     shape = list(tensor.shape)

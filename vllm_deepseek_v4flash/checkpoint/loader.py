@@ -109,7 +109,7 @@ class _Load:
             return
         native = names.native_name(stored)
         module, _, leaf = (native or "").rpartition(".")
-        if module in self.packed:
+        if module in self.packed and (leaf == "weight" or native not in self.expected):
             self._take_packed(stored, module, leaf, tensor)
             return
         fused = names.fused_shape(self.config, native) if native else None

@@ -39,7 +39,9 @@ class DeepseekV4Attention(nn.Module):
         kind, ratio = config.layer_kinds[layer], config.compress_ratios[layer]
         tp_size = get_tensor_model_parallel_world_size()
         if config.o_groups % tp_size:
-            raise ValueError(f"tensor parallel size {tp_size} must divide o_groups, {config.o_groups}")
+            raise ValueError(
+                f"--tensor-parallel-size {tp_size} must divide o_groups, {config.o_groups}: use one that does"
+            )
         self.heads, self.groups = config.num_attention_heads // tp_size, config.o_groups // tp_size
         self.dim, self.window_size, self.ratio = config.head_dim, config.sliding_window, ratio
         self.scale, self.eps = config.head_dim**-0.5, config.rms_norm_eps

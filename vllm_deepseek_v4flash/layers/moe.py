@@ -61,7 +61,7 @@ class RoutedExperts(nn.Module):
         experts, inner = config.n_routed_experts, config.moe_intermediate_size
         split, what = (experts, "n_routed_experts") if expert_parallel else (inner, "moe_intermediate_size")
         if split % tp_size:
-            raise ValueError(f"tensor parallel size {tp_size} must divide {what}, {split}")
+            raise ValueError(f"--tensor-parallel-size {tp_size} must divide {what}, {split}: use one that does")
         self.limit = config.swiglu_limit
         self.local_experts = experts // tp_size if expert_parallel else experts
         self.first_expert = tp_rank * self.local_experts if expert_parallel else 0
@@ -118,4 +118,4 @@ class MoE(nn.Module):
         """[T, H] normed, token ids [T] for the hash layers; to [T, H], same dtype."""
         weights, expert_ids = self.gate.select(x, input_ids)
         out = self.experts(x, weights, expert_ids) + self.shared_experts(x).float()
-        return tensor_model_parallel_all_reduce(out.to(x.dtype))
+        return tensor_model_parallel_all_reduce(out).to(x.dtype)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAME = "deepseek_v4flash"
 # `quant_method` of the checkpoints that `formats/` reads; vLLM rewrites DeepSeek's own "fp8" before it asks.
-CLAIMED = ("awq", "gptq", "auto-round", "compressed-tensors", "fp8", "deepseek_v4_fp8")
+CLAIMED = ("awq", "gptq", "auto-round", "intel/auto-round", "inc", "compressed-tensors", "fp8", "deepseek_v4_fp8")
 
 
 class DeepseekV4QuantConfig(QuantizationConfig):

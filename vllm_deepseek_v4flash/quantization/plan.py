@@ -46,9 +46,10 @@ def plan_weights(
     Raises:
         QuantizationError: a format or bit width that is not served, or a packed weight of the wrong shape.
     """
+    expected = names.expected_tensors(config)
     shapes = {
         name.removesuffix(".weight"): spec.shape
-        for name, spec in names.expected_tensors(config).items()
+        for name, spec in expected.items()
         if name.endswith(".weight") and len(spec.shape) == 2
     }
     leaves: defaultdict[str, dict[str, TensorHeader]] = defaultdict(dict)
@@ -56,7 +57,8 @@ def plan_weights(
     for name, dtype, shape, file in stored:
         native = None if names.is_mtp(name) else names.native_name(name)
         module, _, leaf = (native or "").rpartition(".")
-        if module in shapes:
+        # The router's bias and table are tensors of their own, whatever its weight is packed as.
+        if module in shapes and (leaf == "weight" or native not in expected):
             leaves[module][leaf] = TensorHeader(dtype, tuple(shape))
             files[module].add(file)
     fmt = format_of(quantization_config)
