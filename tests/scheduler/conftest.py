@@ -41,9 +41,9 @@ class Engines:
 class References:
     """Results of requests that ran alone, unchunked and uncached; each is computed once."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Engines, known: dict[tuple[Any, ...], Result]) -> None:
         self._engines = engines
-        self._results: dict[tuple[Any, ...], Result] = {}
+        self._results = known
 
     def get(self, prompt: tuple[int, ...], tokens: int, runner: Runner | None = None, **options: Any) -> Result:
         """At least `tokens` new tokens after `prompt`, by `runner`, or else by an engine with these options.
@@ -70,6 +70,11 @@ def engines(checkpoint: Path) -> Iterator[Engines]:
     engines.close()
 
 
+@pytest.fixture(scope="session")
+def known_results() -> dict[tuple[Any, ...], Result]:
+    return {}
+
+
 @pytest.fixture(scope="module")
-def references(engines: Engines) -> References:
-    return References(engines)
+def references(engines: Engines, known_results: dict[tuple[Any, ...], Result]) -> References:
+    return References(engines, known_results)
