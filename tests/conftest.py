@@ -7,6 +7,7 @@ import random
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch and vLLM are imported, which read these once; inherited by every process that a test starts.
 DEFAULTS = {
@@ -17,11 +18,18 @@ DEFAULTS = {
     # Every checkpoint here is a local directory; a look at the hub could only hang.
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # Where there is no GPU, Triton's interpreter runs the kernels; Triton reads this when it is imported.
+    **({} if Path("/dev/nvidia0").exists() else {"TRITON_INTERPRET": "1"}),
 }
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 
 import pytest  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import mend
+
+    mend()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,12 +8,14 @@ ratio 128).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import logger_name
 from .attention.caches import LayerCaches
 from .attention.formats import CacheFormats
 from .checkpoint.loader import load_weights
@@ -31,25 +33,18 @@ from .compat import (
 )
 from .config import DeepseekV4Config, LayerKind
 from .layers.attention import DeepseekV4Attention
-from .layers.hyper_connections import mixing_parameters
+from .layers.hyper_connections import HyperConnection, Residual, merge_streams, mixing_parameters
 from .layers.moe import MoE
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryEmbedding
-from .ops.mhc_head import mhc_head
-from .ops.mhc_post import mhc_post
-from .ops.mhc_pre import mhc_pre
+from .ops.dispatch import describe
 from .plugin import build_in_tree_model
+
+logger = logging.getLogger(logger_name(__name__))
 
 
 class DeepseekV4DecoderLayer(nn.Module):
     """Attention and experts, each between a hyper-connection's two halves (spec section 3.2)."""
-
-    hc_attn_fn: torch.Tensor
-    hc_attn_scale: torch.Tensor
-    hc_attn_base: torch.Tensor
-    hc_ffn_fn: torch.Tensor
-    hc_ffn_scale: torch.Tensor
-    hc_ffn_base: torch.Tensor
 
     def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, formats: CacheFormats, prefix: str) -> None:
         super().__init__()
@@ -68,37 +63,26 @@ class DeepseekV4DecoderLayer(nn.Module):
         )
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        mixing_parameters(self, "hc_attn", config)
-        mixing_parameters(self, "hc_ffn", config)
-        self.mhc: dict[str, Any] = {
-            "norm_eps": config.rms_norm_eps,
-            "hc_eps": config.hc_eps,
-            "sinkhorn_iters": config.hc_sinkhorn_iters,
-        }
+        self.attn_hc = HyperConnection(self, "hc_attn", self.attn_norm, config)
+        self.ffn_hc = HyperConnection(self, "hc_ffn", self.ffn_norm, config)
 
     def forward(
         self,
-        streams: torch.Tensor,
+        residual: Residual,
         positions: torch.Tensor,
         input_ids: torch.Tensor | None,
         cos_sin: torch.Tensor,
         inv_freq: torch.Tensor,
-    ) -> torch.Tensor:
-        """[T, hc_mult, hidden] to the same; cos_sin [T, R] and inv_freq [R/2] are those of the layer's kind."""
-        x, post, comb = mhc_pre(streams, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base, **self.mhc)
-        x = self.attn(self.attn_norm(x), positions, cos_sin, inv_freq)
-        streams = mhc_post(x, streams, post, comb)
-        x, post, comb = mhc_pre(streams, self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base, **self.mhc)
-        x = self.ffn(self.ffn_norm(x), input_ids)
-        return mhc_post(x, streams, post, comb)
+    ) -> Residual:
+        """Attend, then visit the experts; cos_sin [T, R] and inv_freq [R/2] are those of the layer's kind."""
+        x, residual = self.attn_hc.enter(residual)
+        residual = residual.leave(self.attn(x, positions, cos_sin, inv_freq))
+        x, residual = self.ffn_hc.enter(residual)
+        return residual.leave(self.ffn(x, input_ids))
 
 
 class DeepseekV4Model(nn.Module):
     """Embedding, this pipeline stage's layers, and on the last stage the merge of the streams."""
-
-    hc_head_fn: torch.Tensor
-    hc_head_scale: torch.Tensor
-    hc_head_base: torch.Tensor
 
     def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -135,22 +119,19 @@ class DeepseekV4Model(nn.Module):
         stage = get_pp_group()
         if stage.is_first_rank:
             hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-            streams = hidden[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+            residual = Residual(hidden[:, None].expand(-1, self.config.hc_mult, -1).contiguous())
         else:
             assert intermediate_tensors is not None
-            streams = intermediate_tensors["streams"]
+            residual = Residual(intermediate_tensors["streams"])
         window, compressed = self.rope_window, self.rope_compressed
         tables = window(positions), compressed(positions)
         for layer in self.layers[self.start_layer : self.end_layer]:
             rope, cos_sin = (window, tables[0]) if layer.kind is LayerKind.WINDOW else (compressed, tables[1])
-            streams = layer(streams, positions, input_ids, cos_sin, rope.inv_freq)
+            residual = layer(residual, positions, input_ids, cos_sin, rope.inv_freq)
+        streams = residual.spread()
         if not stage.is_last_rank:
             return IntermediateTensors({"streams": streams})
-        hidden = mhc_head(
-            streams, self.hc_head_fn, self.hc_head_scale, self.hc_head_base,
-            norm_eps=self.config.rms_norm_eps, hc_eps=self.config.hc_eps,
-        )  # fmt: skip
-        return self.norm(hidden)
+        return self.norm(merge_streams(self, streams, self.config))
 
 
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
@@ -163,6 +144,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        logger.info(describe(torch.get_default_device()))
         self.config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
         self.quant_config = vllm_config.quant_config
         self.model = DeepseekV4Model(self.config, vllm_config, maybe_prefix(prefix, "model"))

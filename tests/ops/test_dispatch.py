@@ -62,13 +62,39 @@ def test_a_backend_serves_the_ops_it_has_and_the_reference_the_others():
 
 
 @pytest.mark.usefixtures("made_up_backend")
-def test_the_choice_is_logged_once(monkeypatch):
-    # vLLM's loggers do not propagate, so the log is taken where it is written.
-    messages = []
-    monkeypatch.setattr(dispatch.logger, "debug", lambda message, *values: messages.append(message % values))
-    for _ in range(3):
-        dispatch.implementation("rms_norm", CPU)
-    assert messages == ["rms_norm on cpu: made_up"]
+def test_the_choice_is_described():
+    line = dispatch.describe(CPU)
+    assert line.startswith("ops on cpu: reference (apply_rope, ")
+    assert line.endswith("; made_up (rms_norm)")
+
+
+def test_a_gpu_takes_the_triton_twins():
+    function = dispatch.implementation("qnorm_rope_kv_insert", torch.device("cuda"))
+    assert function.__module__.endswith("ops.triton.qnorm_rope_kv_insert")
+
+
+def choose(monkeypatch, choice, interpret="1"):
+    monkeypatch.setenv(dispatch.OPS_ENV, choice)
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+
+
+def test_reference_can_be_chosen_for_a_gpu(monkeypatch):
+    choose(monkeypatch, "reference")
+    assert dispatch.backends("cuda") == ("reference",)
+
+
+def test_triton_can_be_chosen_for_a_cpu_with_its_interpreter(monkeypatch):
+    choose(monkeypatch, "triton")
+    assert dispatch.backends("cpu") == ("triton", "reference")
+    choose(monkeypatch, "triton", interpret="0")
+    with pytest.raises(ValueError, match="needs TRITON_INTERPRET=1 on a CPU"):
+        dispatch.backends("cpu")
+
+
+def test_an_unknown_choice_is_named(monkeypatch):
+    choose(monkeypatch, "cutlass")
+    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, triton"):
+        dispatch.backends("cuda")
 
 
 def test_an_op_without_implementation_is_named():

@@ -14,10 +14,10 @@ def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=
     streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
     fn = normal(rng, (2 + n) * n, n * hidden, scale=(n * hidden) ** -0.5, device=device)
     scale = torch.tensor([0.8, 1.3, 1.7], device=device)
-    return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device)
+    return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device), None
 
 
-def check(actual, streams, fn, scale, base, *, norm_eps, hc_eps, sinkhorn_iters):
+def check(actual, streams, fn, scale, base, norm_weight, *, norm_eps, hc_eps, sinkhorn_iters):
     x, post, comb = actual
     assert (x.dtype, post.dtype, comb.dtype) == (streams.dtype, torch.float32, torch.float32)
     tokens, n, _ = streams.shape
@@ -79,7 +79,7 @@ def test_comb_is_indexed_source_then_destination(device):
         base[source, destination] = 20.0
     base = torch.cat((torch.zeros(2 * n), base.flatten())).to(device)
     fn = torch.zeros((2 + n) * n, n * hidden, device=device)
-    _, _, comb = mhc_pre(streams, fn, torch.ones(3, device=device), base, **OPTIONS)
+    _, _, comb = mhc_pre(streams, fn, torch.ones(3, device=device), base, None, **OPTIONS)
     assert comb[0].round().tolist() == [[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
 
 
@@ -87,14 +87,14 @@ def test_post_is_twice_the_sigmoid_and_pre_is_not(device):
     n, hidden = 4, 8
     streams = torch.ones(1, n, hidden, device=device)
     fn, base = torch.zeros((2 + n) * n, n * hidden, device=device), torch.zeros((2 + n) * n, device=device)
-    x, post, _comb = mhc_pre(streams, fn, torch.ones(3, device=device), base, **{**OPTIONS, "hc_eps": 0.25})
+    x, post, _comb = mhc_pre(streams, fn, torch.ones(3, device=device), base, None, **{**OPTIONS, "hc_eps": 0.25})
     assert post.tolist() == [[1.0] * n]
     assert x.tolist() == [[n * (0.5 + 0.25)] * hidden]
 
 
 def test_extreme_bases_stay_finite(device, rng):
-    streams, fn, scale, base = problem(rng, device)
-    for x in mhc_pre(streams, fn, scale, base * 100, **OPTIONS):
+    streams, fn, scale, base, _ = problem(rng, device)
+    for x in mhc_pre(streams, fn, scale, base * 100, None, **OPTIONS):
         assert x.isfinite().all()
 
 
@@ -111,11 +111,14 @@ def test_no_tokens(device, rng):
         ("scale", torch.zeros(4), r"scale must have shape \[3\]"),
         ("base", torch.zeros(4), r"base must have shape \[24\]"),
         ("base", torch.zeros(24).half(), "base must be torch.float32"),
+        ("norm_weight", torch.ones(25), r"norm_weight must have shape \[24\]"),
         ("sinkhorn_iters", 0, "sinkhorn_iters must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(device, rng, name, value, message):
-    arguments = dict(zip(("streams", "fn", "scale", "base"), problem(rng, device), strict=True)) | OPTIONS
+    arguments = (
+        dict(zip(("streams", "fn", "scale", "base", "norm_weight"), problem(rng, device), strict=True)) | OPTIONS
+    )
     arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
     with pytest.raises(ValueError, match=message):
         mhc_pre(**arguments)

@@ -2,8 +2,7 @@
 
 vLLM chooses V2 where Triton has a driver. On a CPU Triton has none, but its interpreter runs any kernel on CPU tensors:
 so the interpreter is switched on and a driver is announced. Python imports this module at the start of every
-process, the engine core and the workers included. The interpreter is slow, and its bf16 `tl.dot` is wrong: use small
-fp32 models.
+process, the engine core and the workers included. The interpreter is slow: use small models.
 """
 
 import os
@@ -18,3 +17,7 @@ from triton.backends import backends
 # vLLM looks for an active driver and never calls it: every kernel goes through the interpreter.
 _driver = types.SimpleNamespace(is_active=lambda: True)
 backends.setdefault("cpu", types.SimpleNamespace(driver=_driver, compiler=None))
+
+from tests.interpreter import mend  # noqa: E402
+
+mend()

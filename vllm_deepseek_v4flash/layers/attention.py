@@ -15,7 +15,6 @@ from ..compat import (
     get_tensor_model_parallel_world_size,
 )
 from ..config import DeepseekV4Config, LayerKind
-from ..ops.apply_rope import apply_rope
 from ..ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
 from ..ops.sparse_attention import sparse_attention
 from .compressor import Compressor
@@ -98,7 +97,6 @@ class DeepseekV4Attention(nn.Module):
         if step is not None:
             n = step.positions.shape[0]
             o[:n] = self._attend(x[:n], qr[:n], q[:n], kv[:n], cos_sin[:n], inv_freq, step)
-        o = apply_rope(o, cos_sin, inverse=True)
         return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
 
     def _attend(
@@ -123,4 +121,5 @@ class DeepseekV4Attention(nn.Module):
             q, self.attn_sink, step.positions, step.request, step.window,
             window_size=self.window_size, scale=self.scale,
             entries=entries, indices=indices, ratio=self.ratio, max_entries=step.max_entries,
+            cos_sin=cos_sin,
         )  # fmt: skip

@@ -10,7 +10,6 @@ from torch import nn
 from ..attention.caches import LayerStep
 from ..compat import ReplicatedLinear
 from ..config import DeepseekV4Config
-from ..ops.apply_rope import apply_rope
 from ..ops.indexer_topk import indexer_topk
 from .compressor import Compressor
 
@@ -51,9 +50,8 @@ class Indexer(nn.Module):
         self.compressor(x, inv_freq, step, step.index)
         if step.max_entries <= self.topk:
             return None
-        q = apply_rope(self.wq_b(qr).unflatten(-1, (self.heads, self.dim)), cos_sin)
-        weights = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
+        q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
         return indexer_topk(
-            q, weights, step.index.entries, step.positions, step.request,
-            ratio=self.ratio, topk=self.topk, max_entries=step.max_entries,
+            q, cos_sin, self.weights_proj(x), step.index.entries, step.positions, step.request,
+            ratio=self.ratio, topk=self.topk, max_entries=step.max_entries, scale=(self.dim * self.heads) ** -0.5,
         )  # fmt: skip

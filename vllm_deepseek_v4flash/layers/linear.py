@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..compat import ColumnParallelLinear, ReplicatedLinear, UnquantizedLinearMethod
+from ..ops.grouped_linear import grouped_linear
 from ..ops.linear_fp32 import linear_fp32
 
 
@@ -34,6 +35,8 @@ class Fp32Linear(ReplicatedLinear):
             self.quant_method = Fp32LinearMethod()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.quant_method, Fp32LinearMethod):
+            return self.quant_method.apply(self, x)
         # A packed weight is multiplied in the dtype of x.
         return self.quant_method.apply(self, x.float(), None)
 
@@ -45,8 +48,7 @@ class GroupedLinearMethod(UnquantizedLinearMethod):
         """Nothing: the weight is used by group, not as one matrix."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        weight = layer.weight.unflatten(0, (x.shape[1], -1))
-        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+        return grouped_linear(x, layer.weight)
 
 
 class GroupedLinear(ColumnParallelLinear):

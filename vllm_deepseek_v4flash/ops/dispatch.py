@@ -1,26 +1,27 @@
 """The one place where an op's implementation is chosen.
 
-An op asks for the implementation of its own name on a device; the backends listed for that device are tried in order
-and the first that has a file of that name wins. The choice is logged once per op, so nobody has to guess what ran.
+An op asks for the implementation of its own name on a device; the backends of that device are tried in order and the
+first that has a file of that name wins, `reference` being the last of every list. `VLLM_DEEPSEEK_V4FLASH_OPS` chooses
+otherwise: `reference` for PyTorch everywhere, `triton` for the kernels on a CPU too, where Triton's interpreter must
+run them (`TRITON_INTERPRET=1`). `describe` says in one line what runs, for the log of every worker.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_deepseek_v4flash import logger_name
-
-logger = logging.getLogger(logger_name(__name__))
+OPS_ENV = "VLLM_DEEPSEEK_V4FLASH_OPS"
+CHOICES = ("auto", "reference", "triton")
 
 # Packages below `ops/`, fastest first. A device that is not listed runs the reference.
-BACKENDS: dict[str, tuple[str, ...]] = {}
+BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 
 
 def implementation(op: str, device: torch.device) -> Callable[..., Any]:
@@ -28,12 +29,44 @@ def implementation(op: str, device: torch.device) -> Callable[..., Any]:
     return _resolve(op, device.type)
 
 
+def backends(device_type: str) -> tuple[str, ...]:
+    """The packages that are searched for a device's ops, in order.
+
+    Raises:
+        ValueError: the environment asks for something that is not there.
+    """
+    choice = os.environ.get(OPS_ENV, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{OPS_ENV}={choice!r} is not known; allowed: {', '.join(CHOICES)}")
+    if choice == "auto":
+        return (*BACKENDS.get(device_type, ()), "reference")
+    if choice == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{OPS_ENV}=triton needs TRITON_INTERPRET=1 on a CPU, set before Python starts: Triton compiles for GPUs "
+            f"only. Leave {OPS_ENV} unset for PyTorch's ops."
+        )
+    return ("triton", "reference") if choice == "triton" else ("reference",)
+
+
+def describe(device: torch.device) -> str:
+    """Which ops run where, for the log: `ops on cuda: triton (compress, ...); reference (...)`."""
+    ops = sorted(path.stem for path in (Path(__file__).parent / "reference").glob("*.py") if path.stem != "__init__")
+    by_backend: dict[str, list[str]] = {}
+    for op in ops:
+        by_backend.setdefault(_backend_of(op, device.type), []).append(op)
+    listed = "; ".join(f"{backend} ({', '.join(names)})" for backend, names in by_backend.items())
+    return f"ops on {device.type}: {listed}"
+
+
 @functools.cache
 def _resolve(op: str, device_type: str) -> Callable[..., Any]:
     package = __name__.rpartition(".")[0]
-    for backend in (*BACKENDS.get(device_type, ()), "reference"):
-        module = f"{package}.{backend}.{op}"
-        if importlib.util.find_spec(module) is not None:
-            logger.debug("%s on %s: %s", op, device_type, backend)
-            return getattr(importlib.import_module(module), op)
+    return getattr(importlib.import_module(f"{package}.{_backend_of(op, device_type)}.{op}"), op)
+
+
+def _backend_of(op: str, device_type: str) -> str:
+    package = importlib.import_module(__name__.rpartition(".")[0])
+    for backend in backends(device_type):
+        if any((Path(root) / backend / f"{op}.py").is_file() for root in package.__path__):
+            return backend
     raise LookupError(f"op {op!r} has no implementation: expected a function {op} in ops/reference/{op}.py")

@@ -13,6 +13,7 @@ def mhc_pre(
     fn: torch.Tensor,
     scale: torch.Tensor,
     base: torch.Tensor,
+    norm_weight: torch.Tensor | None,
     *,
     norm_eps: float,
     hc_eps: float,
@@ -30,7 +31,8 @@ def mhc_pre(
         fn: [(2 + n) n, n H] fp32.
         scale: [3] fp32.
         base: [(2 + n) n] fp32.
-        norm_eps: `rms_norm_eps`.
+        norm_weight: [H], the sublayer's RMSNorm, applied to its input; None for none.
+        norm_eps: `rms_norm_eps`, of both norms.
         hc_eps: added to `pre`, and in every Sinkhorn denominator.
         sinkhorn_iters: at least 1.
 
@@ -41,10 +43,12 @@ def mhc_pre(
     check_shape("fn", fn, ((2 + n) * n, n * hidden))
     check_shape("scale", scale, (3,))
     check_shape("base", base, ((2 + n) * n,))
+    if norm_weight is not None:
+        check_shape("norm_weight", norm_weight, (hidden,))
     for name, tensor in (("fn", fn), ("scale", scale), ("base", base)):
         check_dtype(name, tensor, torch.float32)
     if sinkhorn_iters < 1:
         raise ValueError(f"sinkhorn_iters must be at least 1, got {sinkhorn_iters}")
     return implementation("mhc_pre", streams.device)(
-        streams, fn, scale, base, norm_eps=norm_eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters
+        streams, fn, scale, base, norm_weight, norm_eps=norm_eps, hc_eps=hc_eps, sinkhorn_iters=sinkhorn_iters
     )

@@ -26,5 +26,6 @@ def qnorm_rope_kv_insert(
     """
     num_tokens, _, head_dim = q.shape
     check_shape("kv", kv, (num_tokens, head_dim))
+    check_shape("cos_sin", cos_sin, (num_tokens, None))
     check_shape("slots", slots, (num_tokens,))
     return implementation("qnorm_rope_kv_insert", q.device)(q, kv, cos_sin, window, slots, eps=eps)

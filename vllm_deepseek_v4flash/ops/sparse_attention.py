@@ -22,6 +22,7 @@ def sparse_attention(
     indices: torch.Tensor | None = None,
     ratio: int = 0,
     max_entries: int = 0,
+    cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from the token at position t to window rows max(0, t - window_size + 1)..t and to compressed entries.
 
@@ -38,9 +39,10 @@ def sparse_attention(
         entries: rows numbered by window of `ratio` tokens, or None for a layer without compression.
         indices: [T, K] int32 (CSA), or None to attend to every visible entry (HCA).
         max_entries: no token sees more entries than this (a host number).
+        cos_sin: [T, R] fp32 at the tokens' positions, to rotate the result back; None leaves it as it is.
 
     Returns:
-        [T, H, D], the dtype of `q`, not yet rotated back.
+        [T, H, D], the dtype of `q`; rounded to it once, after the rotation.
     """
     num_tokens, heads, dim = q.shape
     check_shape("sinks", sinks, (heads,))
@@ -48,6 +50,8 @@ def sparse_attention(
     if indices is not None:
         check_shape("indices", indices, (num_tokens, None))
         check_dtype("indices", indices, torch.int32)
+    if cos_sin is not None:
+        check_shape("cos_sin", cos_sin, (num_tokens, None))
     for name, cache in (("window", window), ("entries", entries)):
         if cache is not None and cache.format.dim != dim:
             raise ValueError(f"{name} rows have {cache.format.dim} values, the queries {dim}")
@@ -55,5 +59,5 @@ def sparse_attention(
         raise ValueError(f"compressed entries need their ratio, got {ratio}")
     return implementation("sparse_attention", q.device)(
         q, sinks, positions, request, window, window_size=window_size, scale=scale,
-        entries=entries, indices=indices, ratio=ratio, max_entries=max_entries,
+        entries=entries, indices=indices, ratio=ratio, max_entries=max_entries, cos_sin=cos_sin,
     )  # fmt: skip

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from ..apply_rope import apply_rope
 from ..rows import PagedRows, dequantise, quantise, read_rows
 
 _WORKSPACE = 1 << 24  # fp32 values gathered or scored at once
@@ -9,6 +10,7 @@ _WORKSPACE = 1 << 24  # fp32 values gathered or scored at once
 
 def indexer_topk(
     q: torch.Tensor,
+    cos_sin: torch.Tensor,
     weights: torch.Tensor,
     entries: PagedRows,
     positions: torch.Tensor,
@@ -17,12 +19,14 @@ def indexer_topk(
     ratio: int,
     topk: int,
     max_entries: int,
+    scale: float,
 ) -> torch.Tensor:
     num_tokens, heads, dim = q.shape
     width = min(topk, max_entries)
     selected = torch.empty((num_tokens, width), dtype=torch.int32, device=q.device)
     if width == 0:
         return selected
+    q, weights = apply_rope(q, cos_sin), weights.float() * scale
     if entries.format.codec == "e2m1":
         q = dequantise(*quantise(q.flatten(0, 1), entries.format), entries.format).view_as(q)
     candidates = torch.arange(max_entries, device=q.device)
@@ -34,5 +38,6 @@ def indexer_topk(
         dots = torch.einsum("thd,tsd->ths", q[part].float(), keys).relu()
         scores = torch.einsum("ths,th->ts", dots, weights[part]).masked_fill(~visible, -torch.inf)
         best = scores.sort(dim=-1, descending=True, stable=True)
-        selected[part] = best.indices[:, :width].where(best.values[:, :width] > -torch.inf, -1).int()
+        chosen = best.indices[:, :width].where(best.values[:, :width] > -torch.inf, max_entries).sort(dim=-1).values
+        selected[part] = chosen.where(chosen < max_entries, -1).int()
     return selected

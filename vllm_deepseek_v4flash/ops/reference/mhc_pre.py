@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..rms_norm import rms_norm
+
 
 def mhc_mixes(streams: torch.Tensor, fn: torch.Tensor, norm_eps: float) -> torch.Tensor:
     """[T, n, H] streams to [T, len(fn)] fp32: the weightless norm is applied to the product, which is the same."""
@@ -15,6 +17,7 @@ def mhc_pre(
     fn: torch.Tensor,
     scale: torch.Tensor,
     base: torch.Tensor,
+    norm_weight: torch.Tensor | None,
     *,
     norm_eps: float,
     hc_eps: float,
@@ -25,8 +28,8 @@ def mhc_pre(
     pre = torch.sigmoid(mixes[:, :n] * scale[0] + base[:n]) + hc_eps
     post = 2 * torch.sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n])
     comb = sinkhorn((mixes[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(1, (n, n)), hc_eps, sinkhorn_iters)
-    x = (pre[..., None] * streams.float()).sum(1)
-    return x.to(streams.dtype), post, comb
+    x = (pre[..., None] * streams.float()).sum(1).to(streams.dtype)
+    return x if norm_weight is None else rms_norm(x, norm_weight, norm_eps), post, comb
 
 
 def sinkhorn(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from ..apply_rope import apply_rope
 from ..rows import PagedRows, read_rows
 
 _WORKSPACE = 1 << 24  # fp32 values gathered at once
@@ -20,6 +21,7 @@ def sparse_attention(
     indices: torch.Tensor | None = None,
     ratio: int = 0,
     max_entries: int = 0,
+    cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(q)
     if entries is None:
@@ -34,7 +36,10 @@ def sparse_attention(
             listed = torch.arange(num_entries, device=q.device)[None] if indices is None else indices[part].long()
             more, seen = _entry_rows(entries, listed, positions[part], request[part], ratio)
             keys, valid = torch.cat((keys, more), dim=1), torch.cat((valid, seen), dim=1)
-        out[part] = _attend(q[part].float(), keys, valid, sinks, scale).to(q.dtype)
+        attended = _attend(q[part].float(), keys, valid, sinks, scale)
+        if cos_sin is not None:
+            attended = apply_rope(attended, cos_sin[part], inverse=True)
+        out[part] = attended.to(q.dtype)
     return out
 
 

@@ -1,0 +1,57 @@
+"""Makes Triton's interpreter compute bf16 and e4m3 as a GPU does.
+
+As shipped (3.6 to 3.9) it truncates where a GPU rounds to the nearest, and multiplies bf16 matrices as the
+integers that it stores them as. torch converts in its place, and matrices are widened to fp32 first, which is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_TORCH = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+_BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16)}
+
+_convert_float = interpreter._convert_float
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def mend() -> None:
+    """Do it for this process; a second call changes nothing."""
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+    """The bits of `data` (values of `source`, as the interpreter stores them) in `target`, rounded to nearest even."""
+    known = (tl.float32, tl.float16, *_TORCH)
+    if source not in known or target not in known:
+        return _convert_float(data, source, target, rounding_mode)
+    values = torch.from_numpy(np.ascontiguousarray(data))
+    if source in _TORCH:
+        values = values.view(_BITS[data.dtype.itemsize][0]).view(_TORCH[source])
+    values = values.float()
+    if target not in _TORCH:
+        return (
+            values.numpy()
+            .astype(np.float16 if target == tl.float16 else np.float32)
+            .view(np.uint16 if target == tl.float16 else np.uint32)
+        )
+    rounded = values.to(_TORCH[target])
+    signed, unsigned = _BITS[rounded.dtype.itemsize]
+    return rounded.view(signed).numpy().view(unsigned)
+
+
+def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    a, b = (_widened(x) for x in (a, b))
+    return _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def _widened(x: Any) -> Any:
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

@@ -1,0 +1,24 @@
+"""A block-diagonal linear: the first half of V4's output projection (spec section 3.5)."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_shape
+from .dispatch import implementation
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Group g of the input meets the g-th of G equal row blocks of the weight.
+
+    Args:
+        x: [T, G, K], floating.
+        weight: [G * N, K], the dtype of `x`.
+
+    Returns:
+        [T, G, N], the dtype of `x`.
+    """
+    check_shape("weight", weight, (None, x.shape[2]))
+    if weight.shape[0] % x.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} groups, which do not divide the weight's {weight.shape[0]} rows")
+    return implementation("grouped_linear", x.device)(x, weight)

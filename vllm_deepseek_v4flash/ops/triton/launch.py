@@ -1,0 +1,68 @@
+"""How every kernel is started, and what its wrapper may know of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a wrapper may choose by."""
+
+    multiprocessors: int
+    """How many programs run side by side at least."""
+    native_fp8: bool
+    """Whether the device converts e4m3 itself (SM89 and newer); below, bit arithmetic does."""
+
+
+Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+
+_recorder: Recorder | None = None
+_recorded_device: Device | None = None
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The traits of the device that `tensor` lies on; the interpreter's are those of a very small GPU."""
+    if _recorded_device is not None:
+        return _recorded_device
+    return _device(tensor.device) if tensor.is_cuda else Device(multiprocessors=4, native_fp8=False)
+
+
+@functools.cache
+def _device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, (properties.major, properties.minor) >= (8, 9))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run `kernel` on `grid` programs; nothing where a dimension of the grid is zero."""
+    if _recorder is not None:
+        _recorder(kernel, grid, args, options)
+    elif all(grid):
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def recorded(device: Device, recorder: Recorder) -> Iterator[None]:
+    """Hand every launch to `recorder` instead of running it, as if on `device`: for ahead-of-time compilation.
+
+    Tensors may then be on the `meta` device.
+    """
+    global _recorder, _recorded_device
+    _recorder, _recorded_device = recorder, device
+    try:
+        yield
+    finally:
+        _recorder = _recorded_device = None
+
+
+def block(size: int, smallest: int = 1) -> int:
+    """The power of two that a tile needs to hold `size` elements."""
+    return max(smallest, triton.next_power_of_2(size))

@@ -1,0 +1,162 @@
+"""V4's chat format: messages as the API has them, to the prompt's text.
+
+    BOS [mode's text] system[\n\n tools][\n\n response format] <User>user<Assistant><think>reasoning</think>answer EOS ...
+
+The system text has no role token. Tool results are user turns. The format is that of the encoders which DeepSeek
+ships with the weights (`encoding/` in the repositories); the two generations differ in their modes only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_deepseek_v4flash.serving.messages import Turn, read_messages
+from vllm_deepseek_v4flash.serving.modes import Mode
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+LATEST_REMINDER = "<｜latest_reminder｜>"
+THINK = "<think>"
+END_THINK = "</think>"
+DSML = "｜DSML｜"
+
+# DeepSeek's wording, to the letter: the weights were trained on it.
+_TOOLS = f"""## Tools
+
+You have access to a set of tools to help answer the user's question. You can invoke tools by writing a \
+"<{DSML}tool_calls>" block like the following:
+
+<{DSML}tool_calls>
+<{DSML}invoke name="$TOOL_NAME">
+<{DSML}parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{DSML}parameter>
+...
+</{DSML}invoke>
+<{DSML}invoke name="$TOOL_NAME2">
+...
+</{DSML}invoke>
+</{DSML}tool_calls>
+
+String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, \
+objects), pass the value in JSON format and set `string="false"`.
+
+If thinking_mode is enabled (triggered by {THINK}), you MUST output your complete reasoning inside \
+{THINK}...{END_THINK} BEFORE any tool calls or final response.
+
+Otherwise, output directly after {END_THINK} with tool calls or final response.
+
+### Available Tool Schemas
+
+%s
+
+You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
+"""
+_RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n%s"
+
+
+def encode_chat(
+    messages: Sequence[Mapping[str, Any]],
+    mode: Mode,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    response_format: Any = None,
+    drop_thinking: bool = True,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> str:
+    """The prompt of a conversation.
+
+    Args:
+        messages: in the form of the OpenAI API; see `messages.read_messages`.
+        mode: of this request, which also opens the answer.
+        tools: in the form of the OpenAI API, or their bare `function` objects.
+        response_format: a JSON schema to show to the model, behind the system text.
+        drop_thinking: leave out the reasoning of turns before the last user turn. Tools keep it in any case, as the
+            model continues its thoughts across calls.
+        add_generation_prompt: end with the token that opens the answer.
+        continue_final_message: leave the last message, an assistant's, open, so that the model continues it.
+
+    Raises:
+        ValueError: what is wrong with the messages or the tools, and what is allowed.
+    """
+    turns = read_messages(messages)
+    last_is_assistant = turns[-1].role == "assistant"
+    if continue_final_message and not last_is_assistant:
+        raise ValueError(f"continue_final_message needs a last message by the assistant; it is by {turns[-1].role!r}.")
+    if last_is_assistant and add_generation_prompt and not continue_final_message:
+        raise ValueError(
+            "The last message is the assistant's, so there is nothing to answer: end with a user or tool message, or "
+            "set continue_final_message (with add_generation_prompt false) to have it continued."
+        )
+    _attach_to_system(turns, tools, response_format)
+    keep_thinking = mode.thinking and (not drop_thinking or bool(tools))
+    last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
+
+    text = BOS + mode.text
+    for index, turn in enumerate(turns):
+        following = turns[index + 1].role if index + 1 < len(turns) else None
+        thinks = mode.thinking and (keep_thinking or index >= last_user)
+        if turn.role == "assistant":
+            text += _answer(turn, thinks)
+            text += "" if continue_final_message and following is None else EOS
+            continue
+        text += {"user": USER, "latest_reminder": LATEST_REMINDER}.get(turn.role, "") + turn.text
+        answered = following in ("assistant", "latest_reminder") or (following is None and add_generation_prompt)
+        if answered and turn.role != "latest_reminder":
+            text += ASSISTANT + (THINK if thinks else END_THINK)
+    return text
+
+
+def _attach_to_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None, response_format: Any) -> None:
+    """Append the tools and the response format to the first system turn, made where there is none."""
+    if not tools and response_format is None:
+        return
+    system = next((turn for turn in turns if turn.role == "system"), None)
+    if system is None:
+        system = Turn("system", "")
+        turns.insert(0, system)
+    if tools:
+        system.text += "\n\n" + _TOOLS % "\n".join(_json(_function(tool)) for tool in tools)
+    if response_format is not None:
+        system.text += "\n\n" + _RESPONSE_FORMAT % _json(response_format)
+
+
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema shown for a tool: name, description, parameters, then the rest; nothing that is unset.
+
+    The server hands tools on in this order and with unset fields, `LLM.chat` as they were given.
+    """
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"A tool needs a function with a name; got {tool!r}.")
+    first = ("name", "description", "parameters")
+    names = [name for name in first if name in function] + [name for name in function if name not in first]
+    return {name: function[name] for name in names if function[name] is not None}
+
+
+def _answer(turn: Turn, thinks: bool) -> str:
+    """An assistant's turn behind its opening token."""
+    text = (turn.reasoning + END_THINK if thinks else "") + turn.text
+    if not turn.calls:
+        return text
+    # The blank line before the calls belongs to the format, and output parsers leave it on the text.
+    text = text.removesuffix("\n\n")
+    calls = "\n".join(
+        f'<{DSML}invoke name="{call.name}">\n{_parameters(call.arguments)}\n</{DSML}invoke>' for call in turn.calls
+    )
+    return f"{text}\n\n<{DSML}tool_calls>\n{calls}\n</{DSML}tool_calls>"
+
+
+def _parameters(arguments: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f'<{DSML}parameter name="{name}" string="{"true" if isinstance(value, str) else "false"}">'
+        f"{value if isinstance(value, str) else _json(value)}</{DSML}parameter>"
+        for name, value in arguments.items()
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
