@@ -20,8 +20,11 @@ import vllm_deepseek_v4flash
 
 PACKAGE = Path(vllm_deepseek_v4flash.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Beside compat.py: the registrations, and the quantisation config, whose base class `register` needs.
-MAY_IMPORT_VLLM = {"compat.py", "plugin.py", "quantization/config.py"}
+# Beside the compat.py of the model and of the serving side: the registrations, and the quantisation config, whose base
+# class `register` needs.
+MAY_IMPORT_VLLM = {
+    "compat.py", "plugin.py", "quantization/config.py", "serving/compat.py", "serving/registration.py",
+}  # fmt: skip
 FORBIDDEN = ("vllm.models.deepseek_v4", "vllm.v1.core")
 
 
@@ -86,6 +89,11 @@ ATTRIBUTES = [
     ("vllm.config", "ModelConfig", ("use_mla",)),
     ("vllm.distributed", "get_pp_group", ("__call__",)),
     ("vllm_deepseek_v4flash.compat", "KVCacheLayout", ("BLHNC",)),
+    ("vllm.tokenizers.registry", "TokenizerRegistry", ("tokenizers", "register")),
+    ("vllm.renderers.registry", "RENDERER_REGISTRY", ("renderers", "register")),
+    ("vllm.parser.engine.parser_engine_config", "ParserState", ("CONTENT",)),
+    ("vllm.parser.engine.adapters", "ParserEngineReasoningAdapter", ("extract_reasoning",)),
+    ("vllm.parser.engine.adapters", "ParserEngineToolAdapter", ("extract_tool_calls", "structural_tag_model")),
 ]  # fmt: skip
 
 
@@ -100,8 +108,13 @@ def test_attributes(module, symbol, names):
 FIELDS = [
     ("vllm.config", "VllmConfig",
      ("model_config", "cache_config", "parallel_config", "scheduler_config", "speculative_config",
-      "compilation_config", "quant_config", "additional_config")),
-    ("vllm.config", "ModelConfig", ("model", "hf_config", "dtype", "quantization", "enforce_eager")),
+      "compilation_config", "quant_config", "additional_config", "reasoning_config")),
+    ("vllm.config", "ModelConfig",
+     ("model", "hf_config", "dtype", "quantization", "enforce_eager", "tokenizer_mode", "revision",
+      "skip_tokenizer_init")),
+    ("vllm.config.reasoning", "ReasoningConfig", ("reasoning_start_str", "reasoning_end_str")),
+    ("vllm.parser.engine.parser_engine_config", "ParserEngineConfig",
+     ("transitions", "strip_trailing_reasoning_whitespace")),
     ("vllm.config", "CacheConfig", ("cache_dtype", "block_size")),
     ("vllm.config", "SchedulerConfig", ("max_num_batched_tokens",)),
     ("vllm.config", "CompilationConfig", ("static_forward_context",)),
@@ -161,6 +174,12 @@ CALLS = [
     ("vllm.model_executor.layers.quantization", "register_quantization_config", 1, ()),
     ("vllm.model_executor.layers.quantization", "get_quantization_config", 1, ()),
     ("vllm.model_executor.model_loader.utils", "initialize_model", 1, ("prefix", "model_class")),
+    ("vllm.tokenizers.hf", "get_cached_tokenizer", 1, ()),
+    ("vllm.transformers_utils.repo_utils", "get_hf_file_bytes", 3, ()),
+    ("vllm.parser.deepseek_v4", "deepseek_v4_config", 1, ()),
+    ("vllm.tool_parsers.utils", "find_tool_properties", 2, ()),
+    ("vllm.tool_parsers.utils", "extract_types_from_schema", 1, ()),
+    ("vllm.tool_parsers.utils", "coerce_to_schema_type", 2, ()),
 ]  # fmt: skip
 
 
@@ -172,8 +191,16 @@ def test_calls(module, symbol, positional, keywords):
 
 def test_calls_of_methods():
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+    from vllm.tool_parsers import ToolParserManager
     from vllm.v1.attention.backend import AttentionMetadataBuilder
 
+    inspect.signature(TokenizerRegistry.register).bind("mode", "module", "Class")
+    inspect.signature(RENDERER_REGISTRY.register).bind("mode", "module", "Class")
+    inspect.signature(ReasoningParserManager.register_lazy_module).bind("name", "module", "Class")
+    inspect.signature(ToolParserManager.register_lazy_module).bind("name", "module", "Class")
     inspect.signature(ModelRegistry.register_model).bind("Architecture", "module:Class")
     inspect.signature(ModelRegistry.resolve_model_cls).bind(["Architecture"], None)
     inspect.signature(AttentionMetadataBuilder._init_reorder_batch_threshold).bind(
@@ -193,6 +220,8 @@ OVERRIDES = [
      ("create_weights", "apply", "process_weights_after_loading")),
     ("layers.linear", "Fp32LinearMethod", "UnquantizedLinearMethod", ("apply", "process_weights_after_loading")),
     ("layers.linear", "GroupedLinearMethod", "UnquantizedLinearMethod", ("apply", "process_weights_after_loading")),
+    ("serving.parsers", "V4Parser", "DeepSeekV4Parser", ("__init__", "_convert_args", "parser_config")),
+    ("serving.parsers", "V4Parser", "ParserEngine", ("_fix_arg_types",)),
     ("quantization.config", "DeepseekV4QuantConfig", "QuantizationConfig",
      ("get_name", "get_supported_act_dtypes", "get_min_capability", "get_config_filenames", "from_config",
       "override_quantization_method", "maybe_update_config", "get_quant_method")),
@@ -243,7 +272,7 @@ def test_mismatches_are_found():
 )
 def test_no_abstract_method_is_left(module, ours, base):
     cls = getattr(importlib.import_module(f"vllm_deepseek_v4flash.{module}"), ours)
-    assert sorted(cls.__abstractmethods__) == []
+    assert sorted(getattr(cls, "__abstractmethods__", ())) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -255,9 +284,10 @@ def test_only_compat_and_the_registrations_import_vllm(path):
         assert not found, f"{relative(path)} imports {found}; take them through compat.py"
 
 
-def test_registrations_import_vllm_only_when_they_run():
+@pytest.mark.parametrize("name", ["plugin.py", "serving/registration.py"])
+def test_registrations_import_vllm_only_when_they_run(name):
     """`register` must not pay for, or fail on, what only some processes need."""
-    tree = parse(PACKAGE / "plugin.py")
+    tree = parse(PACKAGE / name)
     top = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If))]
     assert not [symbol for node in top for symbol in imported_symbols(node)]
     guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]

@@ -1,4 +1,4 @@
-"""What `register` does inside vLLM: the model class, the attention backend's name, the per-model config hook."""
+"""What `register` does inside vLLM: the model class, the other registries, the per-model config hook."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_deepseek_v4flash import DISABLE_ENV, logger_name
 from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind
+from vllm_deepseek_v4flash.serving.registration import enable_thinking_budget, select_tokenizer_mode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,15 @@ def install() -> str:
     except Exception as error:
         # The model's layers hand vLLM their backend class directly; the name only serves listings.
         logger.warning("vLLM's attention-backend registry has changed (%s): %s is not in it.", error, BACKEND_NAME)
+    try:
+        _register_serving()
+        done.append("its chats are encoded as its generation of weights was trained")
+    except Exception as error:
+        logger.warning(
+            "vLLM's tokenizer, renderer or parser registry has changed (%s): chats are encoded by vLLM, which knows "
+            "the reasoning modes of 0731 only.",
+            error,
+        )
     try:
         _install_config_reader()
     except Exception as error:
@@ -106,6 +116,12 @@ def _register_attention_backend() -> None:
         register_backend(BACKEND_NAME, BACKEND_PATH)
 
 
+def _register_serving() -> None:
+    from vllm_deepseek_v4flash.serving import registration
+
+    registration.register()
+
+
 def _install_config_reader() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
@@ -151,6 +167,7 @@ def _install_config_hook() -> None:
         @staticmethod
         def verify_and_update_model_config(model_config: ModelConfig) -> None:
             check_model_config(model_config)
+            select_tokenizer_mode(model_config)
             original.verify_and_update_model_config(model_config)
             _use_paged_cache_on_cpu(model_config)
 
@@ -159,6 +176,7 @@ def _install_config_hook() -> None:
             check_engine_config(vllm_config)
             _run_eagerly_on_a_gpu(vllm_config)
             _warm_up_pipeline_stages_on_a_cpu(vllm_config)
+            enable_thinking_budget(vllm_config)
             original.verify_and_update_config(vllm_config)
 
     setattr(DeepseekV4FlashConfigHook, _HOOK_MARK, True)

@@ -1,6 +1,6 @@
 """V4's chat format: messages as the API has them, to the prompt's text.
 
-    BOS [mode's text] system[\n\n tools][\n\n response format] <User>user<Assistant><think>reasoning</think>answer EOS ...
+    BOS [mode's text] system [tools] [response format] <User>user<Assistant><think>reasoning</think>answer EOS <User>...
 
 The system text has no role token. Tool results are user turns. The format is that of the encoders which DeepSeek
 ships with the weights (`encoding/` in the repositories); the two generations differ in their modes only.
@@ -54,6 +54,7 @@ Otherwise, output directly after {END_THINK} with tool calls or final response.
 
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
 """
+_FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 _RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n%s"
 
 
@@ -104,10 +105,19 @@ def encode_chat(
             text += "" if continue_final_message and following is None else EOS
             continue
         text += {"user": USER, "latest_reminder": LATEST_REMINDER}.get(turn.role, "") + turn.text
-        answered = following in ("assistant", "latest_reminder") or (following is None and add_generation_prompt)
-        if answered and turn.role != "latest_reminder":
+        if _is_answered(turn.role, following, add_generation_prompt):
             text += ASSISTANT + (THINK if thinks else END_THINK)
     return text
+
+
+def _is_answered(role: str, following: str | None, add_generation_prompt: bool) -> bool:
+    """Whether the assistant's token comes behind this turn; `following` is the next turn's role."""
+    if role == "latest_reminder":
+        return False
+    if following is None:
+        return add_generation_prompt
+    # The encoders open the answer before a reminder that comes behind the user's text.
+    return following == "assistant" or (role == "user" and following == "latest_reminder")
 
 
 def _attach_to_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None, response_format: Any) -> None:
@@ -125,16 +135,14 @@ def _attach_to_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | No
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema shown for a tool: name, description, parameters, then the rest; nothing that is unset.
+    """What the model sees of a tool, in one order whoever asks: the server reorders what `LLM.chat` hands on as it is.
 
-    The server hands tools on in this order and with unset fields, `LLM.chat` as they were given.
+    Unset fields are left out, where vLLM's server makes them null.
     """
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"A tool needs a function with a name; got {tool!r}.")
-    first = ("name", "description", "parameters")
-    names = [name for name in first if name in function] + [name for name in function if name not in first]
-    return {name: function[name] for name in names if function[name] is not None}
+    return {name: function[name] for name in _FUNCTION_FIELDS if function.get(name) is not None}
 
 
 def _answer(turn: Turn, thinks: bool) -> str:

@@ -34,8 +34,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
 
     A developer message is a system message. Tool results become a user turn, in the order of their calls; user
     messages and tool results that follow each other are one user turn, joined by a blank line. The content is a
-    string or a list of text parts, which are joined the same way; None only from the assistant. Its reasoning is
-    `reasoning` or `reasoning_content`.
+    string or a list of text parts, which are joined the same way (a tool's by a line break), and None only from the
+    assistant, whose reasoning is `reasoning` or `reasoning_content`.
 
     Raises:
         ValueError: the message (by its index), what is wrong with it, and what is allowed.
@@ -82,6 +82,9 @@ def _role(index: int, message: Any) -> str:
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"messages[{index}].role is {role!r}; it must be one of {', '.join(ROLES)}.")
+    for key, mend in (("tools", "pass the request's tools"), ("task", "leave it out")):
+        if message.get(key):
+            raise ValueError(f"messages[{index}].{key} is not part of the chat API that is served here: {mend}.")
     return str(role)
 
 
@@ -93,7 +96,8 @@ def _text(index: int, message: Mapping[str, Any], optional: bool) -> str:
         return content
     if not isinstance(content, Sequence):
         raise ValueError(f"messages[{index}].content is {content!r}; it must be a string or a list of text parts.")
-    return "\n\n".join(_part(index, part) for part in content)
+    # vLLM joins the parts of a tool's result by one line break before they come here from a server.
+    return ("\n" if message["role"] == "tool" else "\n\n").join(_part(index, part) for part in content)
 
 
 def _part(index: int, part: Any) -> str:

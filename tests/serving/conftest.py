@@ -1,0 +1,68 @@
+"""A `vllm serve` on the toy that the tests of this folder share; whoever ends it makes the next test start another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from benchmarks.server import Server
+from benchmarks.soak import ENVIRONMENT, REQUEST_TIMEOUT, Question, ask_each_alone, make_prompts, vllm_options
+from tests.tiny import TOY
+
+CHAT_OPTIONS = ("--reasoning-parser", "deepseek_v4", "--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4")
+
+
+class Servers:
+    """One server at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._server: Server | None = None
+        self._count = 0
+
+    def get(self) -> Server:
+        """The running one, or another one if it has ended."""
+        if self._server is None or not self._server.alive():
+            self.close()
+            self._count += 1
+            log = self.directory / f"server_{self._count}.log"
+            self._server = Server(TOY, log, (*vllm_options(), *CHAT_OPTIONS), ENVIRONMENT)
+            self._server.wait_until_healthy()
+        return self._server
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.kill()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    servers = Servers(tmp_path_factory.mktemp("servers"))
+    yield servers
+    servers.close()
+
+
+@pytest.fixture
+def server(servers: Servers) -> Server:
+    return servers.get()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.api, api_key="unused", timeout=REQUEST_TIMEOUT, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def questions(servers: Servers) -> list[Question]:
+    """Prompts of 1 to 640 tokens, some of which share 256 or 512, with their answers when each is asked alone."""
+    return asyncio.run(ask_each_alone(servers.get(), make_prompts(20, seed=0), 24))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that end the server come last, so that it is started no more often than it must be."""
+    items.sort(key=lambda item: item.path.name == "test_shutdown.py" and item.path.parent.name == "serving")

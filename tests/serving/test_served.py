@@ -1,0 +1,286 @@
+"""`vllm serve` on the toy with the flags for tools: the `openai` client against what the tokenizer alone says.
+
+The toy has learnt no tools, so its calls are forced: by a choice of one reply, or by `tool_choice`.
+"""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+
+from benchmarks.server import Server
+from tests.serving.real import answer, call, result, system, tool, user
+from tests.tiny import TOY
+
+OPTIONS = (
+    "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(512 << 20),
+    "--reasoning-parser", "deepseek_v4", "--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice",
+    # The toy has learnt no JSON: it would write blanks between the braces for ever.
+    "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
+)  # fmt: skip
+TOOLS = [
+    tool("add", "Adds.", a={"type": "integer"}, b={"type": "integer"}),
+    tool("say", "Says.", text={"type": "string"}),
+]
+END_THINK = 6
+REQUEST_TIMEOUT = 240  # seconds
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with Server(TOY, tmp_path_factory.mktemp("server") / "log.txt", OPTIONS) as server:
+        server.wait_until_healthy()
+        yield openai.OpenAI(base_url=server.api, api_key="unused", timeout=REQUEST_TIMEOUT, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from vllm_deepseek_v4flash.serving.tokenizer import AprilTokenizer
+
+    return AprilTokenizer.from_pretrained(str(TOY))
+
+
+@pytest.fixture(scope="module")
+def question():
+    """A question that the toy answers rightly with thinking, greedily in fp32."""
+    rows = [json.loads(line) for line in (TOY / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next(row for row in rows if row["greedy_correct"] and row["thinking"])
+
+
+def ask(client, messages, *, stream=False, **body):
+    """`(reasoning, content, calls, the first chunk or the whole response)` of a chat, put together if streamed."""
+    extra = {"return_token_ids": True} | body.pop("extra_body", {})
+    request = {
+        "model": Server.NAME,
+        "messages": messages,
+        "temperature": 0.0,
+        "max_tokens": 64,
+        "extra_body": extra,
+    } | body
+    if not stream:
+        response = client.chat.completions.create(**request)
+        message = response.choices[0].message
+        calls = [(one.function.name, one.function.arguments) for one in message.tool_calls or []]
+        return message.reasoning or "", message.content or "", calls, response
+    reasoning, content, calls, chunks = "", "", [], []
+    for chunk in client.chat.completions.create(stream=True, **request):
+        chunks.append(chunk)
+        for choice in chunk.choices:
+            reasoning += getattr(choice.delta, "reasoning", None) or ""
+            content += choice.delta.content or ""
+            for one in choice.delta.tool_calls or []:
+                calls += [["", ""]] * (one.index + 1 - len(calls))
+                name, arguments = calls[one.index]
+                calls[one.index] = [name + (one.function.name or ""), arguments + (one.function.arguments or "")]
+    return reasoning, content, [tuple(one) for one in calls], chunks[0]
+
+
+# ---- modes
+
+MESSAGES = {
+    "one turn": ([system("S"), user("14+36?")], None),
+    "turns": ([user("U"), answer("A", reasoning="R"), user([{"type": "text", "text": "a"}])], None),
+    "tools": (
+        [user("U"), answer(None, reasoning="R", tool_calls=[call("add", '{"a": 1, "b": 2}', "x")]), result("3", "x")],
+        TOOLS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize(
+    ("top", "switches"),
+    [
+        (None, {}),
+        ("none", {}),
+        ("low", {}),
+        ("xhigh", {}),
+        ("max", {"enable_thinking": True}),
+        ("max", {"thinking": False}),
+        (None, {"thinking": True, "reasoning_effort": "none"}),
+        (None, {"enable_thinking": False, "thinking": True}),
+    ],
+    ids=str,
+)
+def test_the_prompt_is_the_tokenizers(client, tokenizer, name, top, switches):
+    messages, tools = MESSAGES[name]
+    expected = tokenizer.apply_chat_template(messages, tools, **switches | ({"reasoning_effort": top} if top else {}))
+    body = {"tools": tools} if tools else {}
+    body |= {"reasoning_effort": top} if top else {}
+    *_, response = ask(client, messages, max_tokens=1, extra_body={"chat_template_kwargs": switches}, **body)
+    assert response.prompt_token_ids == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking_and_answer_are_told_apart(client, question, stream):
+    reasoning, content, calls, _ = ask(client, [user(question["question"])], stream=stream)
+    assert reasoning
+    assert "think>" not in reasoning + content
+    assert (content.strip(), calls) == (question["answer"], [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_do_not_think_wins_over_an_effort(client, question, stream):
+    """With vLLM's own parser the answer would come back as reasoning."""
+    reasoning, content, *_ = ask(
+        client, [user(question["question"])], stream=stream, reasoning_effort="high",
+        extra_body={"chat_template_kwargs": {"thinking": False}},
+    )  # fmt: skip
+    assert reasoning == ""
+    assert content
+
+
+@pytest.mark.parametrize("budget", [0, 2])
+def test_a_thinking_budget(client, question, budget):
+    _, content, _, response = ask(client, [user(question["question"])], extra_body={"thinking_token_budget": budget})
+    ids = response.choices[0].token_ids
+    assert ids.index(END_THINK) == budget < question["greedy_token_ids"].index(END_THINK)
+    assert content
+    assert response.choices[0].finish_reason == "stop"
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"reasoning_effort": "extreme"}, ("reasoning_effort",)),
+        ({"extra_body": {"chat_template_kwargs": {"reasoning_effort": "extreme"}}}, ("extreme", "minimal", "max")),
+        ({"extra_body": {"chat_template_kwargs": {"thinking": "no"}}}, ("thinking", "true or false")),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": 1}}}, ("enable_thinking", "true or false")),
+        ({"extra_body": {"thinking_token_budget": -2}}, ("thinking_token_budget",)),
+        ({"messages": []}, ("messages is empty",)),
+        ({"messages": [{"role": "robot", "content": "x"}]}, ("robot", "assistant")),
+        ({"messages": [user("U"), result("x", "a")]}, ("messages[1]", "no call precedes")),
+        ({"messages": [user("U"), answer("A")]}, ("nothing to answer", "continue_final_message")),
+        (
+            {"messages": [user([{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}])]},
+            ("multimodal",),
+        ),
+        ({"tool_choice": "required"}, ("tool",)),
+    ],
+    ids=str,
+)
+def test_bad_requests_get_a_400_and_the_server_goes_on(client, body, words):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, **{"messages": [user("U")]} | body)
+    for word in words:
+        assert word in str(caught.value)
+    assert ask(client, [user("1+1?")], max_tokens=1)[-1].usage.completion_tokens == 1
+
+
+# ---- tools
+
+
+def force(*texts):
+    """Guides the reply to one of `texts`, without thinking."""
+    return {
+        "chat_template_kwargs": {"thinking": False},
+        "structured_outputs": {"choice": list(texts)},
+    }
+
+
+TWO_CALLS = """ok
+
+<｜DSML｜tool_calls>
+<｜DSML｜invoke name="add">
+<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>
+<｜DSML｜parameter name="b" string="false">2</｜DSML｜parameter>
+</｜DSML｜invoke>
+<｜DSML｜invoke name="say">
+<｜DSML｜parameter name="text" string="true">5 > 4 "x"</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>"""
+
+
+def test_the_flow_of_tools_by_forced_choice(client, tokenizer):
+    """Two calls whole and streamed; their results go back, and the prompt begins with what the model wrote."""
+    body = {"tools": TOOLS, "max_tokens": 400, "extra_body": force(TWO_CALLS)}
+    reasoning, content, calls, response = ask(client, [user("U")], **body)
+    assert (reasoning, content.strip()) == ("", "ok")
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [
+        ("add", {"a": 1, "b": 2}), ("say", {"text": '5 > 4 "x"'}),
+    ]  # fmt: skip
+    assert response.choices[0].finish_reason == "tool_calls"
+    assert ask(client, [user("U")], stream=True, **body)[:3] == (reasoning, content, calls)
+
+    message = response.choices[0].message
+    history = [
+        user("U"),
+        answer(message.content, tool_calls=[one.model_dump() for one in message.tool_calls]),
+        *(result("3", one.id) for one in message.tool_calls),
+    ]
+    *_, following = ask(
+        client, history, tools=TOOLS, max_tokens=1, extra_body={"chat_template_kwargs": {"thinking": False}}
+    )
+    # As text: a grammar that allows a text allows any tokens for it, and the toy spells the marker byte by byte.
+    written = tokenizer.decode(response.prompt_token_ids + response.choices[0].token_ids)
+    assert tokenizer.decode(following.prompt_token_ids).startswith(written)
+
+
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("choice", "thinking"), [(NAMED, False), (NAMED, True), ("required", True)])
+def test_a_call_is_guided_by_tool_choice(client, stream, choice, thinking):
+    _, content, calls, _ = ask(
+        client, [user("1+2?")], stream=stream, tools=TOOLS[:1], tool_choice=choice, parallel_tool_calls=False,
+        max_tokens=400,
+        extra_body={"chat_template_kwargs": {"thinking": thinking}, "thinking_token_budget": 8},
+    )  # fmt: skip
+    ((name, arguments),) = calls
+    assert name == "add"
+    assert set(json.loads(arguments)) <= {"a", "b"}
+    assert content.strip() == ""
+
+
+def test_json_by_a_schema_after_thinking(client, question):
+    """The grammar waits for the end of the thinking."""
+    schema = {
+        "type": "object", "properties": {"n": {"enum": [1, 22, 333]}}, "required": ["n"], "additionalProperties": False,
+    }  # fmt: skip
+    reasoning, content, *_ = ask(
+        client, [user(question["question"])], max_tokens=256,
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    )  # fmt: skip
+    assert reasoning
+    assert json.loads(content)["n"] in (1, 22, 333)
+
+
+# ---- the rest of the API
+
+
+def test_logprobs_n_seed_stop_and_min_tokens(client, question):
+    body = {"n": 2, "seed": 7, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
+    first, second = (ask(client, [user(question["question"])], **body)[-1] for _ in range(2))
+    assert [one.token_ids for one in first.choices] == [one.token_ids for one in second.choices]
+    for choice in first.choices:
+        assert len(choice.logprobs.content) == len(choice.token_ids)
+        assert all(len(row.top_logprobs) == 3 for row in choice.logprobs.content)
+
+    body = {"extra_body": {"chat_template_kwargs": {"thinking": False}}}
+    _, content, *_ = ask(client, [user(question["question"])], **body)
+    _, cut, _, response = ask(client, [user(question["question"])], stop=[content[1:2]], **body)
+    assert cut == content[: content.index(content[1:2])]
+    assert response.choices[0].stop_reason == content[1:2]
+    body["extra_body"] |= {"min_tokens": 20}
+    assert ask(client, [user(question["question"])], max_tokens=24, **body)[-1].usage.completion_tokens >= 20
+
+
+def test_echo(client, question, tokenizer):
+    """Of a completion; its text has no special tokens."""
+    prompt = tokenizer.apply_chat_template([user(question["question"])])
+    completion = client.completions.create(
+        model=Server.NAME,
+        prompt=prompt,
+        echo=True,
+        max_tokens=32,
+        temperature=0.0,
+        extra_body={"skip_special_tokens": False},
+    )
+    assert completion.choices[0].text.startswith(tokenizer.decode(prompt))
+    assert completion.choices[0].text.rstrip().endswith(question["answer"])

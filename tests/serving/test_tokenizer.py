@@ -1,0 +1,235 @@
+"""The tokenizers of our modes: ids as the `tokenizers` library gives them, through each of vLLM's doors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+
+import pytest
+
+from tests.serving.real import answer, call, ids_of, result, system, tool, user, write_encoder, write_tokenizer
+from tests.tiny import CONFIGS
+from vllm_deepseek_v4flash.serving.encoding import encode_chat
+from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, Generation
+
+APRIL, JULY = Generation
+TOKENIZER_MODES = {APRIL: "deepseek_v4_april", JULY: "deepseek_v4_0731"}
+TOOLS = [tool("weather", "The weather of a place.", place={"type": "string"})]
+CONVERSATIONS = {
+    "one turn": ([system("Sei höflich."), user("Wie spät ist es? 現在")], None),
+    "turns": ([user("U"), answer("A", reasoning="R"), user([{"type": "text", "text": "a"}])], None),
+    "tools": (
+        [
+            system("S"), user("U"), answer(None, reasoning="R", tool_calls=[call("weather", '{"place": "Köln"}', "a")]),
+            result("12 °C", "a"),
+        ],
+        TOOLS,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A directory for each generation, with all that a server reads before the weights."""
+    made = {}
+    for generation in Generation:
+        directory = write_tokenizer(tmp_path_factory.mktemp(generation.value))
+        config = {**CONFIGS["mixed"].hf_config, "torch_dtype": "float32", "vocab_size": 129280}
+        (directory / "config.json").write_text(json.dumps(config))
+        made[generation] = write_encoder(directory, generation)
+    return made
+
+
+def engine_config(directory, **arguments):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(directory), max_model_len=1024, **arguments).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def configs(directories):
+    return {generation: engine_config(directory) for generation, directory in directories.items()}
+
+
+@pytest.fixture(scope="module")
+def renderers(configs):
+    from vllm.renderers.registry import renderer_from_config
+
+    return {generation: renderer_from_config(config) for generation, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(renderers):
+    return {generation: renderer.get_tokenizer() for generation, renderer in renderers.items()}
+
+
+@pytest.mark.parametrize("generation", Generation)
+def test_the_encoder_of_a_directory_picks_the_mode(configs, generation):
+    assert configs[generation].model_config.tokenizer_mode == TOKENIZER_MODES[generation]
+
+
+@pytest.mark.parametrize("mode", ["deepseek_v4_april", "deepseek_v4_vllm", "hf"])
+def test_a_chosen_mode_is_kept(directories, mode):
+    assert engine_config(directories[JULY], tokenizer_mode=mode).model_config.tokenizer_mode == mode
+
+
+def test_a_thinking_budget_needs_no_flag(configs, directories):
+    """vLLM refuses a request's budget where this is not set."""
+    ours = configs[APRIL].reasoning_config
+    assert (ours.reasoning_start_token_ids, ours.reasoning_end_token_ids) == ([128821], [128822])
+    assert engine_config(directories[APRIL], tokenizer_mode="hf").reasoning_config is None
+    assert engine_config(directories[APRIL], skip_tokenizer_init=True).reasoning_config is None
+
+
+def test_a_users_own_end_of_thinking_is_kept(directories):
+    from vllm.config.reasoning import ReasoningConfig
+
+    chosen = ReasoningConfig(reasoning_start_str="<think>", reasoning_end_str="I must answer.</think>")
+    assert len(engine_config(directories[APRIL], reasoning_config=chosen).reasoning_config.reasoning_end_token_ids) > 1
+
+
+@pytest.mark.parametrize("generation", Generation)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_ids_are_those_of_the_tokenizers_library(tokenizers, generation, name, effort):
+    messages, tools = CONVERSATIONS[name]
+    ids = tokenizers[generation].apply_chat_template(messages, tools, reasoning_effort=effort)
+    assert ids == ids_of(encode_chat(messages, MODES[generation][effort], tools=tools))
+    assert ids[0] == 0
+    assert 0 not in ids[1:]
+    assert ids[-2:] == [128804, 128822 if effort == "none" else 128821]
+
+
+@pytest.mark.parametrize("generation", Generation)
+def test_the_names_of_special_tokens_are_single_tokens(tokenizers, generation):
+    text = tokenizers[generation].apply_chat_template(CONVERSATIONS["tools"][0], TOOLS, tokenize=False)
+    ids = ids_of(text)
+    names = {"<｜begin▁of▁sentence｜>": 0, "<｜User｜>": 128803, "<｜Assistant｜>": 128804, "｜DSML｜": 128825}
+    names |= {"<｜end▁of▁sentence｜>": 1, "<think>": 128821, "</think>": 128822}
+    assert {name: ids.count(number) for name, number in names.items()} == {name: text.count(name) for name in names}
+
+
+@pytest.mark.parametrize("generation", Generation)
+def test_a_pickled_tokenizer_encodes_the_same(tokenizers, generation):
+    """vLLM sends tokenizers to other processes."""
+    again = pickle.loads(pickle.dumps(tokenizers[generation]))
+    assert again.apply_chat_template([user("U")], reasoning_effort="max") == tokenizers[generation].apply_chat_template(
+        [user("U")], reasoning_effort="max"
+    )
+
+
+@pytest.mark.parametrize("generation", Generation)
+def test_vllms_get_tokenizer(directories, tokenizers, generation):
+    from vllm.tokenizers import get_tokenizer
+
+    alone = get_tokenizer(str(directories[generation]), tokenizer_mode=TOKENIZER_MODES[generation])
+    assert alone.chat_generation is generation
+    assert alone.apply_chat_template([user("U")]) == tokenizers[generation].apply_chat_template([user("U")])
+
+
+def test_vllms_own_encoding_stays_reachable(directories):
+    from vllm.tokenizers import get_tokenizer
+
+    alone = get_tokenizer(str(directories[APRIL]), tokenizer_mode="deepseek_v4_vllm")
+    assert alone.apply_chat_template([user("U")], tokenize=False).startswith("<｜begin▁of▁sentence｜>Reasoning Effort")
+
+
+@pytest.mark.parametrize("generation", Generation)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        *({"reasoning_effort": effort} for effort in EFFORTS),
+        *({"chat_template_kwargs": {"reasoning_effort": effort}} for effort in EFFORTS),
+        {"chat_template_kwargs": {"thinking": True}},
+        {"chat_template_kwargs": {"thinking": False}, "reasoning_effort": "max"},
+        {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"},
+        {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"},
+        {"chat_template_kwargs": {"thinking": True, "enable_thinking": False}},
+        {"chat_template_kwargs": {"drop_thinking": False}},
+    ],
+    ids=str,
+)
+def test_a_chat_request_gets_the_same_ids(renderers, tokenizers, generation, name, request_):
+    """What the server does to a request up to the engine, against the tokenizer alone."""
+    messages, tools = CONVERSATIONS[name]
+    switches = dict(request_.get("chat_template_kwargs", {}))
+    switches |= {key: value for key, value in request_.items() if key == "reasoning_effort"}
+    expected = tokenizers[generation].apply_chat_template(messages, tools, **switches)
+    assert render(renderers[generation], messages, tools, **request_) == expected
+
+
+def render(renderer, messages, tools=None, **request):
+    """Prompt token ids of a chat completion request, by the code that the server runs."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    online = OnlineRenderer(
+        renderer.model_config, renderer, request_logger=None, chat_template=None, chat_template_content_format="auto",
+        enable_auto_tools=True, tool_parser="deepseek_v4", reasoning_parser="deepseek_v4",
+    )  # fmt: skip
+    body = {"messages": messages, "model": "m", "max_tokens": 1} | ({"tools": tools} if tools else {}) | request
+    _, (engine_input,) = asyncio.run(online.render_chat(ChatCompletionRequest.model_validate(body)))
+    return engine_input["prompt_token_ids"]
+
+
+def test_an_effort_beside_chat_template_kwargs_replaces_the_one_inside(renderers, tokenizers):
+    """vLLM's doing, before anything of ours sees the request: the one "do not think" that is lost."""
+    request = {"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "none"}}
+    expected = tokenizers[APRIL].apply_chat_template([user("U")], reasoning_effort="high")
+    assert render(renderers[APRIL], [user("U")], **request) == expected
+
+
+def test_the_parts_of_a_tools_result_are_joined_as_vllm_joins_them(renderers, tokenizers):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [user("U"), answer(None, tool_calls=[call("weather", "{}", "a")]), result(parts, "a")]
+    expected = tokenizers[APRIL].apply_chat_template(messages, TOOLS)
+    assert render(renderers[APRIL], messages, TOOLS) == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"chat_template_kwargs": {"thinking": "no"}}, "thinking is 'no'"),
+        ({"chat_template_kwargs": {"reasoning_effort": "extreme"}}, "reasoning_effort is 'extreme'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role is 'robot'"),
+        ({"messages": [result("x", "a")]}, "no call precedes"),
+    ],
+)
+def test_bad_requests_are_value_errors(renderers, request_, message):
+    """vLLM's server answers a ValueError with status 400 and its text."""
+    with pytest.raises(ValueError, match=message):
+        render(renderers[APRIL], **{"messages": [user("U")]} | request_)
+
+
+def test_a_jinja_template_is_refused(tokenizers):
+    with pytest.raises(ValueError, match=r"chat_template has no effect.*--tokenizer-mode hf"):
+        tokenizers[APRIL].apply_chat_template([user("U")], chat_template="{{ messages }}")
+
+
+def test_the_length_of_a_prompt_can_be_limited(tokenizers):
+    whole = tokenizers[APRIL].apply_chat_template([user("a b c d e f g")])
+    cut = tokenizers[APRIL].apply_chat_template([user("a b c d e f g")], truncation=True, max_length=4)
+    assert len(cut) == 4 < len(whole)
+
+
+def test_stock_shows_unset_fields_of_tools(directories):
+    """vLLM's own encoding, through its server: the model sees nulls that it was not trained on (docs/serving.md)."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tokenizers import get_tokenizer
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    request = ChatCompletionRequest.model_validate({"messages": [user("U")], "model": "m", "tools": tools})
+    dumped = [tool.model_dump() for tool in request.tools]
+    stock = get_tokenizer(str(directories[APRIL]), tokenizer_mode="deepseek_v4_vllm")
+    text = stock.apply_chat_template([user("U")], dumped, tokenize=False)
+    assert '{"name": "f", "description": null, "parameters": null}' in text
