@@ -37,7 +37,7 @@ from .layers.hyper_connections import HyperConnection, Residual, merge_streams, 
 from .layers.moe import MoE
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryEmbedding
-from .ops.dispatch import describe
+from .ops.dispatch import describe, prepare
 from .plugin import build_in_tree_model
 
 logger = logging.getLogger(logger_name(__name__))
@@ -145,6 +145,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         logger.info(describe(torch.get_default_device()))
+        prepare(torch.get_default_device())
         self.config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
         self.quant_config = vllm_config.quant_config
         self.model = DeepseekV4Model(self.config, vllm_config, maybe_prefix(prefix, "model"))
@@ -183,10 +184,10 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint under any of its names; returns the names of the parameters that were filled."""
-        stage = get_pp_group()
+        stage, layers = get_pp_group(), range(self.model.start_layer, self.model.end_layer)
+        experts = self.model.layers[layers.start].ffn.experts
         return load_weights(
-            self, self.config, weights,
-            local_layers=range(self.model.start_layer, self.model.end_layer),
+            self, self.config, weights, local_layers=layers, local_experts=experts.held,
             first_stage=stage.is_first_rank, last_stage=stage.is_last_rank,
             packed=getattr(self.quant_config, "plan", None),
         )  # fmt: skip

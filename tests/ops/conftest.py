@@ -1,4 +1,4 @@
-"""Every test of an op runs on each of its implementations: PyTorch, Triton in its interpreter, Triton on a GPU.
+"""Every test of an op runs on each of its implementations: PyTorch, Numba, Triton in its interpreter or on a GPU.
 
 The interpreter must be chosen before Triton is imported, which `tests/conftest.py` does for the whole session.
 """
@@ -11,20 +11,28 @@ import torch
 import vllm_deepseek_v4flash.ops as ops
 from vllm_deepseek_v4flash.ops import dispatch
 
-TWINS = {path.stem for path in (Path(ops.__file__).parent / "triton").glob("*.py")}
+
+def files(backend):
+    return {path.stem for path in (Path(ops.__file__).parent / backend).glob("*.py")} - {"__init__"}
+
+
+TWINS = files("triton")
+ON_CPU = files("numba") & files("reference")
 
 
 def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".test_")[2]
         twins = ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)] if op in TWINS else []
-        metafunc.parametrize("implementation", ["reference", *twins], indirect=True)
+        compiled = ["numba"] if op in ON_CPU else []
+        metafunc.parametrize("implementation", ["reference", *compiled, *twins], indirect=True)
 
 
 @pytest.fixture
 def implementation(request, monkeypatch):
-    """Which implementation of the tested op runs: `reference`, `interpreted` or `cuda`."""
-    monkeypatch.setenv(dispatch.OPS_ENV, "reference" if request.param == "reference" else "triton")
+    """Which implementation of the tested op runs: `reference`, `numba`, `interpreted` or `cuda`."""
+    choice = request.param if request.param in ("reference", "numba") else "triton"
+    monkeypatch.setenv(dispatch.OPS_ENV, choice)
     dispatch._resolve.cache_clear()
     yield request.param
     dispatch._resolve.cache_clear()

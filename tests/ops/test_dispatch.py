@@ -46,10 +46,23 @@ def test_reference_has_the_parameters_of_the_public_op(op):
     assert inspect.getdoc(public)
 
 
-def test_without_a_backend_the_reference_runs():
-    for device_type in ("cpu", "meta"):
-        function = dispatch.implementation("rms_norm", torch.device(device_type))
-        assert function.__module__.endswith("ops.reference.rms_norm")
+def test_without_a_backend_the_reference_runs(monkeypatch):
+    assert dispatch.implementation("rms_norm", torch.device("meta")).__module__.endswith("ops.reference.rms_norm")
+    monkeypatch.delitem(dispatch.BACKENDS, "cpu")  # as where numba is missing
+    dispatch._resolve.cache_clear()
+    assert dispatch.implementation("rms_norm", CPU).__module__.endswith("ops.reference.rms_norm")
+    dispatch._resolve.cache_clear()
+
+
+def test_a_cpu_takes_the_numba_twins():
+    assert dispatch.implementation("rms_norm", CPU).__module__.endswith("ops.numba.rms_norm")
+    assert "numba (compress, " in dispatch.describe(CPU)
+
+
+def test_prepare_imports_every_implementation():
+    dispatch._resolve.cache_clear()
+    dispatch.prepare(CPU)
+    assert dispatch._resolve.cache_info().currsize == len(OPS)
 
 
 @pytest.mark.usefixtures("made_up_backend")
@@ -78,6 +91,16 @@ def choose(monkeypatch, choice, interpret="1"):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
 
 
+def test_numba_can_be_chosen_for_a_cpu_only(monkeypatch):
+    choose(monkeypatch, "numba")
+    assert dispatch.backends("cpu") == ("numba", "reference")
+    with pytest.raises(ValueError, match="needs a CPU and the package numba, which vLLM installs; this is cuda"):
+        dispatch.backends("cuda")
+    monkeypatch.delitem(dispatch.BACKENDS, "cpu")
+    with pytest.raises(ValueError, match="this is cpu without numba"):
+        dispatch.backends("cpu")
+
+
 def test_reference_can_be_chosen_for_a_gpu(monkeypatch):
     choose(monkeypatch, "reference")
     assert dispatch.backends("cuda") == ("reference",)
@@ -93,7 +116,7 @@ def test_triton_can_be_chosen_for_a_cpu_with_its_interpreter(monkeypatch):
 
 def test_an_unknown_choice_is_named(monkeypatch):
     choose(monkeypatch, "cutlass")
-    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, triton"):
+    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, numba, triton"):
         dispatch.backends("cuda")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+
+from vllm_deepseek_v4flash.ops import dispatch
 
 # What fp32 rounds differently with the number of tokens: sums, by their order, and functions that vectors compute by
 # other code than the remainder of a vector.
@@ -20,8 +23,19 @@ _FUNCTIONS = (
 
 
 @contextlib.contextmanager
+def reference_ops() -> Iterator[None]:
+    """Run the ops in PyTorch, whose functions tests can change; Numba's kernels are machine code."""
+    with mock.patch.dict(os.environ, {dispatch.OPS_ENV: "reference"}):
+        dispatch._resolve.cache_clear()
+        try:
+            yield
+        finally:
+            dispatch._resolve.cache_clear()
+
+
+@contextlib.contextmanager
 def rounding_once() -> Iterator[None]:
-    """Compute these functions in fp64 and round their results to fp32.
+    """Compute these functions in fp64 and round their results to fp32, in PyTorch's ops.
 
     The difference between two ways to compute them is then 1e-16, which the rounding hides but for one in 1e8.
     Engines must be made within the `with` block too: vLLM packs weights for its own fp32 GEMM when it loads them.
@@ -32,6 +46,7 @@ def rounding_once() -> Iterator[None]:
         layer.cpu_linear = F.linear
 
     with contextlib.ExitStack() as patches:
+        patches.enter_context(reference_ops())
         for owner, names in _FUNCTIONS:
             for name in names:
                 patches.enter_context(mock.patch.object(owner, name, _in_double(getattr(owner, name))))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.mutate import mutated
 from tests.scheduler.conftest import Engines, References
-from tests.scheduler.exact import rounding_once
+from tests.scheduler.exact import reference_ops, rounding_once
 from tests.scheduler.mistakes import FORGET_STATES
 from tests.scheduler.prompts import TEXTS
 from tests.scheduler.steering import Request, difference
@@ -63,7 +63,7 @@ def test_fp8_rows_are_not_fp32_rows(references: References) -> None:
 def test_a_compressor_without_memory_is_caught(chunk: int, engines: Engines, references: References) -> None:
     reference = references.get(PROMPT, NEW_TOKENS)
     request = Request(PROMPT, 1, prompt_logprobs=True)
-    with mutated(*FORGET_STATES):
+    with reference_ops(), mutated(*FORGET_STATES):
         whole = engines.get().run([request])
         difference(whole.result(0), reference)
         chunked = engines.get().run([request], budgets=(chunk,))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.mutate import mutated
 from tests.scheduler.conftest import Engines, References
+from tests.scheduler.exact import reference_ops
 from tests.scheduler.mistakes import FORGET_STATES
 from tests.scheduler.prompts import TEXTS, random_ids
 from tests.scheduler.steering import Request, Result, Run, difference
@@ -125,7 +126,7 @@ def test_states_that_do_not_come_with_a_hit_are_caught(engines: Engines, referen
     runner = engines.get(**CACHING)
     reference = references.get(TEXTS[2], 1, runner)
     request = Request(TEXTS[2], 1)
-    with mutated(*FORGET_STATES):
+    with reference_ops(), mutated(*FORGET_STATES):
         check(runner.run([request]), [request], [reference], [0])
         run = runner.run([request])
     assert run.result(0).cached == 2 * PAGE

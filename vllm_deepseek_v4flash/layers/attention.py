@@ -90,13 +90,16 @@ class DeepseekV4Attention(nn.Module):
             [T, hidden], the dtype of `x`.
         """
         qr = self.q_norm(self.wq_a(x))
-        q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
+        q = self.wq_b(qr).view(-1, self.heads, self.dim)
         kv = self.kv_norm(self.wkv(x))
-        o = torch.zeros_like(q)
         step = self.caches.step(positions)
-        if step is not None:
-            n = step.positions.shape[0]
-            o[:n] = self._attend(x[:n], qr[:n], q[:n], kv[:n], cos_sin[:n], inv_freq, step)
+        n = 0 if step is None else step.positions.shape[0]
+        if step is not None and n == q.shape[0]:
+            o = self._attend(x, qr, q, kv, cos_sin, inv_freq, step)
+        else:
+            o = torch.zeros_like(q)
+            if step is not None:
+                o[:n] = self._attend(x[:n], qr[:n], q[:n], kv[:n], cos_sin[:n], inv_freq, step)
         return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
 
     def _attend(

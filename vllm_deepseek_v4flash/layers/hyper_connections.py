@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Residual:
 
     def leave(self, output: torch.Tensor) -> Residual:
         """The sublayer entered last has produced `output` [T, H]."""
-        return replace(self, output=output)
+        return Residual(self.streams, self.post, self.comb, output)
 
     def spread(self) -> torch.Tensor:
         """[T, n, H], with every output in the streams."""

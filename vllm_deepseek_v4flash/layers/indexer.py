@@ -50,7 +50,7 @@ class Indexer(nn.Module):
         self.compressor(x, inv_freq, step, step.index)
         if step.max_entries <= self.topk:
             return None
-        q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
+        q = self.wq_b(qr).view(-1, self.heads, self.dim)
         return indexer_topk(
             q, cos_sin, self.weights_proj(x), step.index.entries, step.positions, step.request,
             ratio=self.ratio, topk=self.topk, max_entries=step.max_entries, scale=(self.dim * self.heads) ** -0.5,

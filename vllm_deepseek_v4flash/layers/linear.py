@@ -1,4 +1,7 @@
-"""Linear layers that vLLM does not have: fp32 results, and block-diagonal by group."""
+"""Linear layers that vLLM does not have: fp32 results, and block-diagonal by group.
+
+Their weights are applied as plain tensors, because every use of vLLM's own class of parameters passes through Python.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ class Fp32LinearMethod(UnquantizedLinearMethod):
     """Keeps the weight as loaded and the result in fp32."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing: vLLM's CPU method would repack the weight for a GEMM in the model's dtype."""
+        """No more than a plain view: vLLM's CPU method would repack the weight for a GEMM in the model's dtype."""
+        layer.plain_weight = layer.weight.data
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear_fp32(x, layer.weight)
+        return linear_fp32(x, layer.plain_weight)
 
 
 class Fp32Linear(ReplicatedLinear):
@@ -45,10 +49,11 @@ class GroupedLinearMethod(UnquantizedLinearMethod):
     """Multiplies each group's input by that group's rows of the weight."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing: the weight is used by group, not as one matrix."""
+        """No more than a plain view: the weight is used by group, not as one matrix."""
+        layer.plain_weight = layer.weight.data
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return grouped_linear(x, layer.weight)
+        return grouped_linear(x, layer.plain_weight)
 
 
 class GroupedLinear(ColumnParallelLinear):

@@ -72,6 +72,11 @@ class RoutedExperts(nn.Module):
         self.quant_method = method or UnquantizedExpertsMethod()
         self.quant_method.create_weights(self, config.hidden_size)
 
+    @property
+    def held(self) -> range:
+        """The global numbers of this rank's experts."""
+        return range(self.first_expert, self.first_expert + self.local_experts)
+
     def place(self, param: nn.Parameter, expert_id: int) -> torch.Tensor | None:
         """The part of a stacked parameter that belongs to a global expert; None if another rank holds it."""
         expert = expert_id - self.first_expert

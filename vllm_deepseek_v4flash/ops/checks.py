@@ -7,6 +7,9 @@ import torch
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `tensor` has shape `expected`; None stands for any size."""
+    # A CPU's step makes hundreds of these calls, nearly all without a None.
+    if tensor.shape == expected:
+        return
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(e is not None and e != s for s, e in zip(shape, expected, strict=True)):
         wanted = ", ".join("*" if e is None else str(e) for e in expected)

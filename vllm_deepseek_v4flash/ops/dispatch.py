@@ -2,14 +2,16 @@
 
 An op asks for the implementation of its own name on a device; the backends of that device are tried in order and the
 first that has a file of that name wins, `reference` being the last of every list. `VLLM_DEEPSEEK_V4FLASH_OPS` chooses
-otherwise: `reference` for PyTorch everywhere, `triton` for the kernels on a CPU too, where Triton's interpreter must
-run them (`TRITON_INTERPRET=1`). `describe` says in one line what runs, for the log of every worker.
+otherwise: `reference` for PyTorch everywhere, `numba` for the CPU's kernels, which it refuses to go without, `triton`
+for the kernels on a CPU too, where Triton's interpreter must run them (`TRITON_INTERPRET=1`). `prepare` imports what
+will run, which compiles the CPU's kernels, and `describe` says it in one line, for the log of every worker.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,12 @@ from typing import Any
 import torch
 
 OPS_ENV = "VLLM_DEEPSEEK_V4FLASH_OPS"
-CHOICES = ("auto", "reference", "triton")
+CHOICES = ("auto", "reference", "numba", "triton")
 
 # Packages below `ops/`, fastest first. A device that is not listed runs the reference.
 BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+if importlib.util.find_spec("numba") is not None:
+    BACKENDS["cpu"] = ("numba",)
 
 
 def implementation(op: str, device: torch.device) -> Callable[..., Any]:
@@ -45,17 +49,34 @@ def backends(device_type: str) -> tuple[str, ...]:
             f"{OPS_ENV}=triton needs TRITON_INTERPRET=1 on a CPU, set before Python starts: Triton compiles for GPUs "
             f"only. Leave {OPS_ENV} unset for PyTorch's ops."
         )
-    return ("triton", "reference") if choice == "triton" else ("reference",)
+    if choice == "numba" and "numba" not in BACKENDS.get(device_type, ()):
+        raise ValueError(
+            f"{OPS_ENV}=numba needs a CPU and the package numba, which vLLM installs; this is {device_type}"
+            f"{'' if device_type != 'cpu' else ' without numba'}. Leave {OPS_ENV} unset for what there is."
+        )
+    return ("reference",) if choice == "reference" else (choice, "reference")
+
+
+def prepare(device: torch.device) -> None:
+    """Import every op's implementation for a device: on a CPU this compiles the kernels, or reads them from the disk.
+
+    The first compilation takes seconds, and belongs to the start of a server rather than to its first request.
+    """
+    for op in _ops():
+        implementation(op, device)
 
 
 def describe(device: torch.device) -> str:
     """Which ops run where, for the log: `ops on cuda: triton (compress, ...); reference (...)`."""
-    ops = sorted(path.stem for path in (Path(__file__).parent / "reference").glob("*.py") if path.stem != "__init__")
     by_backend: dict[str, list[str]] = {}
-    for op in ops:
+    for op in _ops():
         by_backend.setdefault(_backend_of(op, device.type), []).append(op)
     listed = "; ".join(f"{backend} ({', '.join(names)})" for backend, names in by_backend.items())
     return f"ops on {device.type}: {listed}"
+
+
+def _ops() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "reference").glob("*.py") if path.stem != "__init__")
 
 
 @functools.cache
