@@ -180,8 +180,8 @@ ROPE = (
           _op("rope_table", "positions[:, None].float() * inv_freq",
               "(positions[:, None].bfloat16() * inv_freq.bfloat16()).float()")),
     _trap("no inverse rotation of the output", "topk",
-          _in(f"{_ATTENTION}.forward", ("o = apply_rope(o, cos_sin, inverse=True)", "pass"))),
-    _trap("the output rotated forward", "topk", _in(f"{_ATTENTION}.forward", ("inverse=True", "inverse=False"))),
+          _in(f"{_ATTENTION}._attend", ("cos_sin=cos_sin", "cos_sin=None"))),
+    _trap("the output rotated forward", "topk", _op("sparse_attention", "inverse=True", "inverse=False")),
     _trap("entries rotated at w", "streams3", _op("compress", "last - (ratio - 1)", "last // ratio")),
     _trap("entries rotated at their last token", "streams3", _op("compress", "last - (ratio - 1)", "last")),
     _trap("entries rotated at the previous window's first token", "topk",
@@ -289,16 +289,14 @@ INDEXER = (
           _op("indexer_topk", "dots, weights[part]", "dots, torch.ones_like(weights[part])")),
     _trap("head weights cut off at zero", "topk",
           _op("indexer_topk", "dots, weights[part]", "dots, weights[part].relu()")),
-    _trap("index queries not rotated", "topk",
-          _in("layers.indexer:Indexer.forward",
-              ("apply_rope(self.wq_b(qr).unflatten(-1, (self.heads, self.dim)), cos_sin)",
-               "self.wq_b(qr).unflatten(-1, (self.heads, self.dim))"))),
+    _trap("index queries not rotated", "topk", _op("indexer_topk", "apply_rope(q, cos_sin)", "q")),
     _trap("entries chosen one token late", "topk", _op("indexer_topk", _INDEX_VISIBLE, "positions[part] // ratio")),
     _trap("invisible entries compete", "topk",
           _op("indexer_topk", _INDEX_VISIBLE, "(positions[part] + 1 + 8 * ratio) // ratio")),
     _trap("Hadamard on the queries only", "topk",
           _in("ops.reference.indexer_topk:indexer_topk",
-              ("width = min(", "from ..hadamard import hadamard\n    q = hadamard(q)\n    width = min("))),
+              ("width = min(", "from ..hadamard import hadamard\n    width = min("),
+              ("apply_rope(q, cos_sin)", "hadamard(apply_rope(q, cos_sin))"))),
 )  # fmt: skip
 
 # 11: hyper-connections.
@@ -378,11 +376,12 @@ TRAPS = (*ROPE, *ATTENTION, *COMPRESSOR, *INDEXER, *STREAMS, *EXPERTS)
 HARMLESS = (
     # Positive factors keep the order of the scores, and only the order is used.
     _trap("indexer weights unscaled", "topk",
-          _in("layers.indexer:Indexer.forward", (" * (self.dim ** (-0.5) * self.heads ** (-0.5))", ""))),
+          _in("layers.indexer:Indexer.forward", ("(self.dim * self.heads) ** (-0.5)", "1.0"))),
     # The transform is orthonormal: without rounding to 4 bits the scores are the same.
     _trap("Hadamard on queries and keys", "topk",
           _in("ops.reference.indexer_topk:indexer_topk",
-              ("width = min(", "from ..hadamard import hadamard\n    q = hadamard(q)\n    width = min("),
+              ("width = min(", "from ..hadamard import hadamard\n    width = min("),
+              ("apply_rope(q, cos_sin)", "hadamard(apply_rope(q, cos_sin))"),
               ("keys = read_rows(entries", "keys = hadamard(read_rows(entries"),
               ("0)), visible)", "0)), visible))"))),
     # A rotation keeps the norm of the whole head.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_shape
+from .checks import check_dtype, check_shape
 from .dispatch import implementation
 from .rows import PagedRows
 
@@ -26,7 +26,8 @@ def indexer_topk(
 
     Entry s is visible to the token at position t if s < (t + 1) // ratio. Entries rank by score descending, then by
     index ascending, so that a run repeats bit for bit; the chosen ones are listed by index, which reads the cache in
-    order. With 4-bit entries the rotated queries are transformed and rounded the way the keys were.
+    order. With 4-bit entries the rotated queries are transformed and rounded the way the keys were. A score that is
+    not a number ranks as -inf.
 
     Args:
         q: [T, H, D] from wq_b; rotated here and rounded to its dtype. cos_sin: [T, R] fp32 at the tokens' positions.
@@ -42,8 +43,13 @@ def indexer_topk(
     num_tokens, heads, dim = q.shape
     check_shape("weights", weights, (num_tokens, heads))
     check_shape("cos_sin", cos_sin, (num_tokens, None))
+    check_dtype("cos_sin", cos_sin, torch.float32)
+    check_shape("positions", positions, (num_tokens,))
+    check_shape("request", request, (num_tokens,))
     if dim != entries.format.dim:
         raise ValueError(f"queries have {dim} dimensions, the cached keys {entries.format.dim}")
+    if cos_sin.shape[1] not in range(2, dim + 1, 2):
+        raise ValueError(f"cannot rotate {cos_sin.shape[1]} of {dim} dimensions: need an even number from 2 up")
     if topk < 1:
         raise ValueError(f"topk must be positive, got {topk}")
     return implementation("indexer_topk", q.device)(

@@ -36,8 +36,10 @@ def indexer_topk(
         visible = candidates < ((positions[part] + 1) // ratio)[:, None]
         keys = read_rows(entries, *entries.locate(request[part, None], candidates.where(visible, 0)), visible)
         dots = torch.einsum("thd,tsd->ths", q[part].float(), keys).relu()
-        scores = torch.einsum("ths,th->ts", dots, weights[part]).masked_fill(~visible, -torch.inf)
-        best = scores.sort(dim=-1, descending=True, stable=True)
-        chosen = best.indices[:, :width].where(best.values[:, :width] > -torch.inf, max_entries).sort(dim=-1).values
+        scores = torch.einsum("ths,th->ts", dots, weights[part])
+        # The stable sort puts visible entries without a number before the invisible ones, which come after them.
+        scores = scores.masked_fill(~visible | scores.isnan(), -torch.inf)
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :width]
+        chosen = best.where(visible.gather(1, best), max_entries).sort(dim=-1).values
         selected[part] = chosen.where(chosen < max_entries, -1).int()
     return selected
