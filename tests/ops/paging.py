@@ -1,5 +1,6 @@
 """Paged caches for tests: shuffled pages that lie apart, as vLLM lays them, and poison in every unwritten byte."""
 
+import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -79,10 +80,15 @@ class TestCache:
         return all(set(part) <= {POISON} for part in self.raw(request, row))
 
 
-def make_cache(fmt: RowFormat, rows_per_page: int, lengths: list[int], rng, device) -> TestCache:
-    """A poisoned cache for requests of these lengths (in rows), on shuffled pages; page 0 belongs to nobody."""
+def make_cache(fmt: RowFormat, rows_per_page: int, lengths: list[int], rng, device, *, far: bool = False) -> TestCache:
+    """A poisoned cache for requests of these lengths (in rows), on shuffled pages; page 0 belongs to nobody.
+
+    With `far` every page of a request lies past 2^31 elements, where a 32-bit offset would miss it. On a CPU that
+    takes no memory; on a GPU it does, 2^28 elements a page.
+    """
     counts = [-(-length // rows_per_page) for length in lengths]
-    order = (torch.randperm(sum(counts) + 1, generator=rng) + 1).tolist()  # one page stays unused
+    first = FAR_PAGES if far else 1
+    order = (torch.randperm(sum(counts) + 1, generator=rng) + first).tolist()  # one page stays unused
     # Entries past a request's own pages are another's or the null page, as in vLLM; no op may follow them.
     table = torch.zeros((len(lengths), max([*counts, 1]) + 1), dtype=torch.int32)
     for request, count in enumerate(counts):
@@ -91,7 +97,28 @@ def make_cache(fmt: RowFormat, rows_per_page: int, lengths: list[int], rng, devi
     page = rows_per_page * (codecs.data_bytes(fmt) + codecs.scale_bytes(fmt))
     # Pages of several layers alternate in one allocation; each starts at a multiple of 16 bytes.
     stride = -(-page // 16) * 16 * 2
-    raw = torch.full((sum(counts) + 2, stride), POISON, dtype=torch.uint8)
-    storage = raw.view(fmt.dtype).to(device)
+    shape = (sum(counts) + first + 1, stride // fmt.dtype.itemsize)
+    storage = _sparse(shape, fmt.dtype, device) if far else torch.empty(shape, dtype=fmt.dtype, device=device)
+    storage.copy_(torch.full((shape[0], stride), POISON, dtype=torch.uint8).view(fmt.dtype))
     pages = storage[:, : page // fmt.dtype.itemsize]
     return TestCache(storage, PagedRows(pages, rows_per_page, fmt, table.to(device)))
+
+
+# A page every 2^28 elements: the pages from this one on lie past 2^31.
+FAR_STRIDE, FAR_PAGES = 1 << 28, 9
+
+
+def _sparse(shape, dtype, device):
+    """Rows of `shape` that are FAR_STRIDE apart; on a CPU in a file without blocks for what lies between.
+
+    There 2^31 elements lie before them too, so that an offset that wraps around meets zeros, not a segmentation fault.
+    """
+    before, size = (1 << 31 if device.type == "cpu" else 0), shape[0] * FAR_STRIDE
+    if device.type == "cpu":
+        with tempfile.NamedTemporaryFile() as file:
+            file.truncate((before + size) * dtype.itemsize)
+            # The mapping outlives the file's name.
+            memory = torch.from_file(file.name, shared=True, size=before + size, dtype=dtype)
+    else:
+        memory = torch.empty(size, dtype=dtype, device=device)
+    return memory.as_strided(shape, (FAR_STRIDE, 1), before)

@@ -9,7 +9,7 @@ from vllm_deepseek_v4flash.ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 
 from .numeric import FUNCTION, U32, U, assert_within, f64, normal
-from .paging import make_cache
+from .paging import POISON, make_cache
 
 DIM, ROPE = 48, 8
 INV_FREQ = [1.0, 0.3, 0.05, 0.002]
@@ -104,6 +104,22 @@ def test_unrotated_kv_values_are_the_codec_of_the_input(device, rng):
     slots = torch.tensor([cache.slot(0, n) for n in range(5)], device=device)
     qnorm_rope_kv_insert(kv[:, None], kv, table([0] * 5, device), cache.rows, slots, eps=1e-6)
     assert torch.equal(cache.bytes, wanted.bytes)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_pages_past_32_bit_offsets_are_written(device, rng, fmt):
+    far, near = (
+        make_cache(fmt, 3, [8], torch.Generator().manual_seed(1), device, far=far) for far in (True, False)
+    )  # the same pages, elsewhere
+    kv = normal(rng, 8, DIM, device=device, dtype=torch.bfloat16)
+    cos_sin = table(range(8), device)
+    for cache in (far, near):
+        slots = torch.tensor([cache.slot(0, n) for n in range(8)], device=device)
+        qnorm_rope_kv_insert(kv[:, None], kv, cos_sin, cache.rows, slots, eps=1e-6)
+    untouched = far.bytes.shape[0] - near.bytes.shape[0] + 1
+    assert (far.bytes[:untouched] == POISON).all()
+    assert torch.equal(far.bytes[untouched:], near.bytes[1:])
+    assert not far.is_poison(0, 7)
 
 
 def test_no_tokens(device, rng):

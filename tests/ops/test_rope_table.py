@@ -6,7 +6,10 @@ import torch
 
 from vllm_deepseek_v4flash.ops.rope_table import rope_table
 
-from .numeric import FUNCTION, f64
+from .numeric import U32, f64
+
+# The angle is exact, so only the function rounds: values of at most 1, to 4 ulp of the half below it.
+BOUND = 4 * U32
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -19,8 +22,16 @@ def test_angles_are_fp32_products_up_to_a_million(device, dtype):
     assert angles.dtype == numpy.float32
     exact = angles.astype(numpy.float64)
     expected = torch.from_numpy(numpy.concatenate((numpy.cos(exact), numpy.sin(exact)), axis=1))
-    # The angle is exact, so only the function rounds; its values are at most 1.
-    assert (f64(actual) - expected).abs().max() <= FUNCTION
+    assert (f64(actual) - expected).abs().max() <= BOUND
+
+
+def test_every_token_of_a_long_batch(device, rng):
+    """More tokens than one program takes, every other one of a longer tensor."""
+    positions = torch.randint(0, 2**20, (600,), generator=rng).to(device)[::2]
+    inv_freq = torch.tensor([1.0, 0.31, 0.017, 0.001, 2e-5], device=device)
+    exact = (f64(positions).float()[:, None] * inv_freq.cpu()).double()
+    expected = torch.cat((exact.cos(), exact.sin()), -1)
+    assert (f64(rope_table(positions, inv_freq)) - expected).abs().max() <= BOUND
 
 
 def test_position_zero_does_not_rotate(device):

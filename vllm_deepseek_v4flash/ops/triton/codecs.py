@@ -14,26 +14,28 @@ import triton.language as tl
 def decode_e4m3(code, NATIVE: tl.constexpr):
     """uint8 codes to fp32."""
     if NATIVE:
-        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    bits = code.to(tl.uint32)
-    # Exponent and mantissa in their places of an fp32 make 2^-120 of the value, subnormal codes included.
-    value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
-    return value * 1.329227995784916e36  # 2^120
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        bits = code.to(tl.uint32)
+        # Exponent and mantissa in their places of an fp32 make 2^-120 of the value, subnormal codes included.
+        value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return value
 
 
 @triton.jit
 def encode_e4m3(x, NATIVE: tl.constexpr):
     """fp32 of magnitude at most 448 to uint8 codes."""
     if NATIVE:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Half of the lowest kept bit, less one where that bit is even, carries as rounding demands; 120 rebiases.
-    normal = (magnitude + 0x7FFFF + (magnitude >> 20 & 1) >> 20) - (120 << 3)
-    # Below 2^-6 codes are multiples of 2^-9, the last bit of fp32 numbers from 2^14 on: the addition rounds.
-    subnormal = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
-    return (code | bits >> 24 & 0x80).to(tl.uint8)
+        code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # Half of the lowest kept bit, less one where that bit is even, carries as rounding demands; 120 rebiases.
+        normal = (magnitude + 0x7FFFF + (magnitude >> 20 & 1) >> 20) - (120 << 3)
+        # Below 2^-6 codes are multiples of 2^-9, the last bit of fp32 numbers from 2^14 on: the addition rounds.
+        subnormal = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+        code = (tl.where(magnitude < 0x3C800000, subnormal, normal) | bits >> 24 & 0x80).to(tl.uint8)
+    return code
 
 
 @triton.jit

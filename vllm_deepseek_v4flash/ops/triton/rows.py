@@ -72,26 +72,31 @@ def load_rows(
     base = pages + page * page_stride
     if CODEC == "plain":
         d = tl.arange(0, BLOCK_D)[None, :]
-        return tl.load(base[:, None] + row[:, None] * DATA + d, mask=valid[:, None] & (d < DIM), other=0.0).to(DTYPE)
-    SHARE: tl.constexpr = 32 if CODEC == "e2m1" else 64  # values that share one scale
-    GROUPS: tl.constexpr = BLOCK_D // SHARE
-    g = tl.arange(0, GROUPS)[None, :]
-    scales = base[:, None] + ROWS * DATA + row[:, None] * SCALES + g
-    scale = power_of_two(tl.load(scales, mask=valid[:, None] & (g < SCALES), other=127))
-    data = (base + row * DATA)[:, None, None]
-    if CODEC == "e2m1":
-        byte = g[:, :, None] * (SHARE // 2) + tl.arange(0, SHARE // 2)[None, None, :]
-        both = tl.load(data + byte, mask=valid[:, None, None] & (byte < DATA), other=0)
-        values = tl.join(decode_e2m1(both & 15), decode_e2m1(both >> 4)).reshape(N, GROUPS, SHARE)
-        return (values * scale[:, :, None]).to(DTYPE).reshape(N, BLOCK_D)
-    d = g[:, :, None] * SHARE + tl.arange(0, SHARE)[None, None, :]
-    code = tl.load(data + d, mask=valid[:, None, None] & (d < QUANTISED), other=0)
-    values = (decode_e4m3(code, NATIVE) * scale[:, :, None]).to(DTYPE)
-    if QUANTISED < DIM:
-        tail = (data + QUANTISED).to(tl.pointer_type(tl.bfloat16)) + (d - QUANTISED)
-        in_tail = (d >= QUANTISED) & (d < DIM)
-        values = tl.where(in_tail, tl.load(tail, mask=valid[:, None, None] & in_tail, other=0.0).to(DTYPE), values)
-    return values.reshape(N, BLOCK_D)
+        at = base[:, None] + row[:, None] * DATA + d
+        rows = tl.load(at, mask=valid[:, None] & (d < DIM), other=0.0).to(DTYPE)
+    else:
+        SHARE: tl.constexpr = 32 if CODEC == "e2m1" else 64  # values that share one scale
+        GROUPS: tl.constexpr = BLOCK_D // SHARE
+        g = tl.arange(0, GROUPS)[None, :]
+        scales = base[:, None] + ROWS * DATA + row[:, None] * SCALES + g
+        scale = power_of_two(tl.load(scales, mask=valid[:, None] & (g < SCALES), other=127))[:, :, None]
+        data = (base + row * DATA)[:, None, None]
+        if CODEC == "e2m1":
+            byte = g[:, :, None] * (SHARE // 2) + tl.arange(0, SHARE // 2)[None, None, :]
+            both = tl.load(data + byte, mask=valid[:, None, None] & (byte < DATA), other=0)
+            values = tl.join(decode_e2m1(both & 15), decode_e2m1(both >> 4)).reshape(N, GROUPS, SHARE)
+            values = (values * scale).to(DTYPE)
+        else:
+            d = g[:, :, None] * SHARE + tl.arange(0, SHARE)[None, None, :]
+            code = tl.load(data + d, mask=valid[:, None, None] & (d < QUANTISED), other=0)
+            values = (decode_e4m3(code, NATIVE) * scale).to(DTYPE)
+            if QUANTISED < DIM:
+                tail = (data + QUANTISED).to(tl.pointer_type(tl.bfloat16)) + (d - QUANTISED)
+                in_tail = (d >= QUANTISED) & (d < DIM)
+                kept = tl.load(tail, mask=valid[:, None, None] & in_tail, other=0.0).to(DTYPE)
+                values = tl.where(in_tail, kept, values)
+        rows = values.reshape(N, BLOCK_D)
+    return rows
 
 
 @triton.jit
