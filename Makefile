@@ -2,7 +2,7 @@ PYTHON ?= python3
 FLAVOUR ?= auto
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow compile-table bench-attention lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
@@ -15,6 +15,12 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+compile-table: setup
+	$(BIN)/python -m benchmarks.compile_table --output docs/compile-table.md $(ARGS)
+
+bench-attention: setup
+	$(BIN)/python -m benchmarks.attention $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
