@@ -1,0 +1,155 @@
+"""A `vllm serve` process to measure or to torment: its start, its processes, its counters, its end.
+
+with Server(DIR, Path("log.txt"), ("--max-model-len", "1024")) as server:
+    server.wait_until_healthy()
+    client = openai.OpenAI(base_url=server.api, api_key="unused")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from urllib.error import URLError
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+# One OpenMP thread and no binding to cores: several processes share these.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}
+FRONT_END = "front end"
+START_SECONDS = 480
+
+
+class ServerError(Exception):
+    """The server did not do what was waited for; the message ends with the last lines of its log."""
+
+
+class Server:
+    """Started at once, on a free port of 127.0.0.1, with the model's name `NAME`.
+
+    Args:
+        model: the checkpoint directory.
+        log: where all of its processes write.
+        options: further arguments of `vllm serve`.
+        environment: beside `ENVIRONMENT` and the caller's own.
+    """
+
+    NAME = "model"
+
+    def __init__(
+        self, model: Path, log: Path, options: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = log
+        # The module, not the command: the command of vllm-cpu 0.32 looks for a distribution of another name.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        place = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", self.NAME]
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [*command, *place, *options],
+                env=os.environ | ENVIRONMENT | (environment or {}),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.kill()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def api(self) -> str:
+        """The base URL for the `openai` client."""
+        return f"{self.url}/v1"
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return response.status == 200
+        except (URLError, OSError):  # not listening yet, or no longer
+            return False
+
+    def wait_until_healthy(self, seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.healthy():
+            if not self.alive():
+                raise ServerError(f"the server ended with status {self.process.returncode}:\n{self._last_lines()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server is not healthy after {seconds:.0f} s:\n{self._last_lines()}")
+            time.sleep(0.2)
+
+    def _last_lines(self) -> str:
+        return "\n".join(self.output().splitlines()[-40:])
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The front end, the engine core and every worker, by the names that vLLM gives them."""
+        front = psutil.Process(self.process.pid)
+        found = {FRONT_END: front}
+        for child in front.children(recursive=True):
+            title = " ".join(child.cmdline())
+            if title.startswith("VLLM::"):
+                found[title.removeprefix("VLLM::").strip()] = child
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Every counter and gauge of /metrics by its name, summed over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
+            text = response.read().decode()
+        totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return totals
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the front end alone."""
+        self.process.send_signal(number)
+
+    def wait_until_gone(self, family: list[psutil.Process], seconds: float) -> int:
+        """Wait until the front end and all of `family` have ended; returns the front end's exit status.
+
+        Raises:
+            ServerError: one of them is still there after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"the server is still there after {seconds:.0f} s:\n{self._last_lines()}") from None
+        _, alive = psutil.wait_procs(family, timeout=max(1.0, deadline - time.monotonic()))
+        if alive:
+            raise ServerError(f"the server has left processes behind: {alive}")
+        return status
+
+    def kill(self) -> None:
+        """End the server and its children at once, if any of them are left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

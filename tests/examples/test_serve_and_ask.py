@@ -1,0 +1,52 @@
+"""examples/serve_and_ask.py on the toy: it serves, asks in each mode, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "serve_and_ask.py"
+TIMEOUT = 900
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a session of its own, so that what it leaves behind can be found."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ,
+    )  # fmt: skip
+    output, errors = process.communicate(timeout=TIMEOUT)
+    left = [other for other in psutil.process_iter() if is_of_session(other, process.pid)]
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert alive == []
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def is_of_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return os.getsid(process.pid) == session
+    except ProcessLookupError:  # ended since it was listed
+        return False
+
+
+def test_it_serves_and_asks_in_every_mode() -> None:
+    done = run("--question", "Reverse yysoha", "--", "--dtype", "float32", "--max-model-len", "1024")
+    assert done.returncode == 0, done.stderr[-4000:]
+    parts = done.stdout.split("\n\n")
+    assert [part.splitlines()[0] for part in parts[1:4]] == [f"[{m}] Reverse yysoha" for m in ("none", "high", "max")]
+    none, high = (part.splitlines()[1:] for part in parts[1:3])
+    assert none == ["  ahosyy"]
+    assert high == ["  thinks: y y s o h a", "  ahosyy"]
+    assert parts[-1] == "stopped\n"
+
+
+def test_a_server_that_does_not_start_is_shown(tmp_path: Path) -> None:
+    done = run(str(tmp_path / "missing"))
+    assert done.returncode == 1
+    assert "error: vllm serve ended with status 1" in done.stderr
+    assert "missing" in done.stderr
