@@ -23,6 +23,8 @@ DEFAULTS = {
 }
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+# Needs what tests/test_v2_runner.py puts into the environment.
+collect_ignore = [] if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else ["v2_on_cpu"]
 
 import pytest  # noqa: E402
 

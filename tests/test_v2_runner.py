@@ -36,6 +36,11 @@ def test_vllm_takes_the_v2_runner() -> None:
     assert "V2 True" in run_on_v2("-c", code, timeout=300)
 
 
+def test_every_triton_kernel_inside_vllm() -> None:
+    printed = run_on_v2("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HARNESS), timeout=3000)
+    assert re.search(r"[1-9]\d* passed", printed.strip().splitlines()[-1]), printed
+
+
 @pytest.mark.parametrize(
     "selection",
     [

@@ -1,15 +1,17 @@
 """Attention over window rows and compressed entries, one token and one head at a time (spec section 3.5)."""
 
+import contextlib
 import importlib
 import math
 
 import pytest
 import torch
 
-from vllm_deepseek_v4flash.ops.rows import RowFormat
+from vllm_deepseek_v4flash.ops import dispatch
+from vllm_deepseek_v4flash.ops.rows import RowFormat, read_rows, write_rows
 from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention
 
-from .numeric import FUNCTION, U32, assert_within, f64, normal
+from .numeric import FUNCTION, TINY, U32, U, assert_exact, assert_within, f64, normal
 from .paging import make_cache
 
 DIM = 48
@@ -17,11 +19,12 @@ SCALE = 0.3
 FORMATS = {
     "fp32": RowFormat.plain(DIM, torch.float32),
     "bf16": RowFormat.plain(DIM, torch.bfloat16),
+    "fp16": RowFormat.plain(DIM, torch.float16),
     "fp8": RowFormat.fp8(DIM, 8),
 }
 
 
-@pytest.fixture(params=FORMATS.values(), ids=FORMATS)
+@pytest.fixture(params=[FORMATS[name] for name in ("fp32", "bf16", "fp8")], ids=["fp32", "bf16", "fp8"])
 def fmt(request):
     return request.param
 
@@ -29,16 +32,19 @@ def fmt(request):
 class Problem:
     """Requests of `lengths` tokens whose caches are full; tokens to ask are (request, position) pairs."""
 
-    def __init__(self, rng, device, *, fmt=FORMATS["fp32"], lengths, asked, heads=3, ratio=0, dtype=torch.float32):
+    def __init__(
+        self, rng, device, *, fmt=FORMATS["fp32"], lengths, asked, heads=3, ratio=0, dtype=torch.float32, far=False
+    ):
         self.device, self.ratio, self.asked = device, ratio, asked
+        self.angles = None
         self.q = normal(rng, len(asked), heads, DIM, device=device, dtype=dtype)
         self.sinks = normal(rng, heads, device=device)
-        self.window = make_cache(fmt, 4, lengths, rng, device)
+        self.window = make_cache(fmt, 4, lengths, rng, device, far=far)
         self.window_rows = [self.window.put(r, normal(rng, n, DIM)) for r, n in enumerate(lengths)]
         self.entries = None
         if ratio:
             counts = [n // ratio for n in lengths]
-            self.entries = make_cache(fmt, 3, counts, rng, device)
+            self.entries = make_cache(fmt, 3, counts, rng, device, far=far)
             self.entry_rows = [self.entries.put(r, normal(rng, n, DIM)) for r, n in enumerate(counts)]
             self.max_entries = max(counts)
 
@@ -46,8 +52,10 @@ class Problem:
         options = {"window_size": window_size, "scale": SCALE}
         if self.entries is not None:
             options |= {"entries": self.entries.rows, "ratio": self.ratio, "max_entries": self.max_entries}
+        if self.angles is not None:
+            options["cos_sin"] = torch.cat((self.angles.cos(), self.angles.sin()), dim=1).float().to(self.device)
         if isinstance(indices, list):
-            indices = torch.tensor(indices, dtype=torch.int32, device=self.device)
+            indices = torch.tensor(indices, dtype=torch.int32, device=self.device).reshape(len(self.asked), -1)
         return sparse_attention(
             self.q,
             self.sinks,
@@ -65,37 +73,68 @@ class Problem:
             visible = (position + 1) // self.ratio
             listed = range(visible) if indices is None else indices[t]
             rows += [self.entry_rows[r][s] for s in listed if 0 <= s < visible]
-        return rows
+        return torch.stack([torch.zeros(DIM, dtype=torch.float64), *rows])[1:]
 
-    def check(self, window_size, indices=None):
-        actual = self.run(window_size, indices)
+    def check(self, window_size, indices=None, **change):
+        actual = self.run(window_size, indices, **change)
         assert actual.dtype == self.q.dtype
         assert actual.shape == self.q.shape
         for t in range(len(self.asked)):
             rows = self.keys(t, window_size, indices)
-            for h in range(self.q.shape[1]):
-                assert_within(actual[t, h], *attend(f64(self.q)[t, h], rows, self.sinks[h].item()))
+            out, bound = attend(f64(self.q)[t], rows, f64(self.sinks), self.weights_dtype)
+            if self.angles is not None:
+                # Each value is a sum of two products with a rounded cosine and sine.
+                bound = pair_size(bound) + 4 * U32 * pair_size(out.abs() + bound)
+                out = rotated_back(out, self.angles[t])
+            assert_within(actual[t], out, bound)
         return actual
 
+    @property
+    def weights_dtype(self):
+        """What kernels round the weights to: the dtype in which they multiply."""
+        if dispatch.backends(self.device.type)[0] != "triton":
+            return torch.float32
+        fmt = self.window.rows.format
+        return torch.promote_types(self.q.dtype, fmt.dtype) if fmt.codec == "plain" else self.q.dtype
 
-def attend(q, rows, sink):
-    """softmax over the scores and the sink times the rows, and a bound on what fp32 may move it."""
-    scores = [(q * k).sum().item() * SCALE for k in rows]
-    top = max([*scores, sink])
-    if top == -math.inf or sink == math.inf:
-        return torch.zeros(DIM, dtype=torch.float64), 0.0
-    weights = [math.exp(s - top) for s in scores]
-    total = sum(weights) + math.exp(sink - top)
-    out = sum((w / total * k for w, k in zip(weights, rows, strict=True)), torch.zeros(DIM, dtype=torch.float64))
-    # A score is a sum of DIM products; an error of a score moves every weight relatively by as much, above and below
+
+def attend(q, rows, sinks, weights_dtype=torch.float32, scale=SCALE):
+    """softmax over scores [heads, rows] and sinks times the rows, and a bound on what rounding may move it."""
+    scores = q @ rows.T * scale
+    top = torch.cat((scores, sinks[:, None]), dim=1).amax(1)
+    if not len(rows):
+        return torch.zeros_like(q), torch.zeros_like(q)
+    weights = (scores - top[:, None]).exp()
+    total = weights.sum(1) + (sinks - top).exp()
+    # An infinite sink leaves nothing; -inf - -inf cannot be, for there are rows.
+    share = torch.where(sinks[:, None] == math.inf, 0.0, weights / total[:, None])
+    # A score is a sum of products; an error of a score moves every weight relatively by as much, above and below
     # the line. exp of x errs by up to |x| * U32 more where it goes through exp2; the sum over the rows and one quotient
     # follow.
-    size = max(((q * k).abs().sum().item() * SCALE for k in rows), default=0.0)
-    reach = max((abs(s - top) for s in scores), default=0.0)
-    relative = 2 * ((DIM + 2) * U32 * size + reach * U32 + FUNCTION) + (len(rows) + 2) * U32
-    largest = torch.stack(rows).abs().amax(0) if rows else torch.zeros(DIM, dtype=torch.float64)
-    # The weights sum to what the sink leaves, and no |k| is above the largest.
-    return out, relative * (sum(weights) / total) * largest
+    size = (q.abs() @ rows.abs().T * scale).amax(1)
+    reach = (scores - scores.amax(1, keepdim=True)).abs().amax(1) + torch.where(
+        sinks.abs() < 1e30, (scores.amax(1) - sinks).abs(), 0.0
+    )
+    relative = 2 * ((q.shape[1] + 2) * U32 * size + reach * U32 + FUNCTION) + (len(rows) + 2) * U32
+    # The shares sum to what the sink leaves, and no |k| is above the largest. Weights relative to the largest, which
+    # is 1, may be rounded once more before they meet the rows.
+    lost = share.sum(1) * (relative + (U[weights_dtype] if weights_dtype != torch.float32 else 0.0))
+    lost += len(rows) * TINY[weights_dtype] * share.amax(1)
+    return share @ rows, lost[:, None] * rows.abs().amax(0)
+
+
+def rotated_back(out, angles):
+    """[heads, DIM] fp64 with its last 2 * len(angles) values rotated by minus the angles."""
+    out = out.clone()
+    pairs = torch.view_as_complex(out[:, DIM - 2 * len(angles) :].unflatten(1, (-1, 2)).contiguous())
+    turned = pairs * torch.polar(torch.ones_like(angles), -angles)
+    out[:, DIM - 2 * len(angles) :] = torch.view_as_real(turned).flatten(1)
+    return out
+
+
+def pair_size(size):
+    """The magnitudes [heads, DIM] of which a rotation of every pair makes each value."""
+    return size.unflatten(1, (-1, 2)).sum(-1).repeat_interleave(2, dim=1)
 
 
 ASKED = [(1, 8), (0, 0), (0, 21), (0, 22), (2, 3), (2, 40), (1, 0), (0, 5)]
@@ -244,6 +283,137 @@ def test_reference_in_small_chunks_is_the_same(monkeypatch, rng, workspace, list
     problem.check(7, [[t % 3, 4, -1] for t in range(len(ASKED))] if listed else None)
 
 
+@pytest.mark.parametrize("heads", [16, 33])
+def test_more_heads_than_one_program_takes(device, rng, fmt, heads):
+    Problem(rng, device, fmt=fmt, lengths=[40], asked=[(0, 39), (0, 8)], heads=heads, dtype=torch.bfloat16).check(7)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["fp16"], FORMATS["bf16"]], ids=["fp16", "bf16"])
+def test_fp16_queries(device, rng, fmt):
+    Problem(rng, device, fmt=fmt, lengths=LENGTHS, asked=ASKED, ratio=4, dtype=torch.float16).check(7)
+
+
+# Consecutive tokens, requests that change within a block of tokens, and a request that returns; padding comes last.
+PREFILL = [(1, 7), (1, 8), (0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (2, 69), (2, 70), (1, 6), (1, 0), (1, 0)]
+DECODE = [(2, 70), (0, 4), (1, 8)]
+ONE = [(2, 70)]
+
+
+@pytest.mark.parametrize("asked", [PREFILL, DECODE, ONE], ids=["prefill", "decode", "one"])
+@pytest.mark.parametrize("listed", [None, False, True], ids=["window", "all", "listed"])
+def test_requests_whose_later_rows_are_unwritten(device, rng, fmt, asked, listed):
+    """Several tiles of keys, and no row is there that none of the tokens sees."""
+    lengths = [1 + max((p for r, p in asked if r == request), default=-1) for request in range(3)]
+    ratio, dtype = 0 if listed is None else 4, torch.float32 if fmt.dtype == torch.float32 else torch.bfloat16
+    problem = Problem(rng, device, fmt=fmt, lengths=lengths, asked=asked, ratio=ratio, dtype=dtype)
+    lists = [[*range(0, 18, 1 + t % 3), *[-1] * 18, 3, 99][:22] for t in range(len(asked))] if listed else None
+    problem.check(37, lists)
+
+
+@pytest.mark.parametrize("asked", [PREFILL, DECODE, ONE], ids=["prefill", "decode", "one"])
+@pytest.mark.parametrize(("fmt", "rope"), [("fp32", 8), ("bf16", 48), ("fp8", 8), ("fp8", 4), ("fp8", 16)])
+def test_result_is_rotated_back(device, rng, asked, fmt, rope):
+    problem = Problem(rng, device, fmt=FORMATS[fmt], lengths=[5, 9, 71], asked=asked, ratio=4, dtype=torch.bfloat16)
+    problem.angles = torch.rand(len(asked), rope // 2, generator=rng, dtype=torch.float64) * 100
+    problem.check(37)
+
+
+@pytest.mark.parametrize("asked", [PREFILL, DECODE, ONE], ids=["prefill", "decode", "one"])
+def test_far_more_entries_announced_than_there_are(device, rng, fmt, asked):
+    problem = Problem(rng, device, fmt=fmt, lengths=[5, 9, 71], asked=asked, ratio=4)
+    problem.max_entries = 8192
+    problem.check(20)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 150])
+def test_one_token_with_extreme_sinks_and_keys_for_many_programs(device, rng, position):
+    problem = Problem(rng, device, lengths=[151], asked=[(0, position)], heads=5, ratio=4)
+    problem.max_entries = 8192
+    problem.sinks.copy_(torch.tensor([-math.inf, math.inf, 1e4, -1e4, 0.0]))
+    actual = problem.check(100)
+    assert actual.isfinite().all()
+    assert not actual[:, 1:3].any()
+
+
+def test_a_list_that_is_part_of_a_wider_one(device, rng):
+    problem = Problem(rng, device, lengths=[41], asked=[(0, 40), (0, 20)], ratio=4)
+    lists = [[8, 1, 3], [0, 2, 9]]
+    wide = torch.full((2, 9), 1, dtype=torch.int32, device=device)
+    wide[:, 2:5] = torch.tensor(lists)
+    problem.check(3, lists)
+    assert_exact(problem.run(3, wide[:, 2:5]), problem.run(3, lists))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_rows_past_the_reach_of_32_bit_offsets(device, rng, fmt, listed):
+    problem = Problem(rng, device, fmt=fmt, lengths=[9], asked=[(0, 8)], ratio=4, far=True)
+    problem.check(4, [[1, 0]] if listed else None)
+
+
+def test_a_token_does_not_depend_on_the_others(implementation, device, rng, fmt, monkeypatch):
+    """Whole and in chunks that cut the blocks of tokens elsewhere, bit for bit."""
+    if implementation in ("interpreted", "cuda"):
+        kernels = importlib.import_module("vllm_deepseek_v4flash.ops.triton.sparse_attention")
+        monkeypatch.setattr(kernels, "_MOST_SPLITS", 1)
+    elif implementation == "reference":
+        pytest.skip("PyTorch chooses the order of its sums by the shapes")
+    asked = [(0, p) for p in range(50, 64)]
+    problem = Problem(rng, device, fmt=fmt, lengths=[64], asked=asked, heads=8, ratio=4, dtype=torch.bfloat16)
+    whole, q = problem.run(20), problem.q
+    for part in (slice(0, 3), slice(3, 14)):
+        problem.q, problem.asked = q[part], asked[part]
+        assert_exact(problem.run(20), whole[part])
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "asked"),
+    [("fp8", "CSA", [3, 700]), ("bf16", "CSA", [3, 700]), ("fp8", "HCA", list(range(640, 646)))],
+    ids=["fp8-CSA-decode", "bf16-CSA-decode", "fp8-HCA-prefill"],
+)
+def test_dimensions_of_flash(device, rng, rows, kind, asked):
+    """8 heads of 512, 128 window rows, 512 of the entries or all, against fp64 over the cache's dequantised rows."""
+    dim, ratio = 512, {"CSA": 1, "HCA": 8}[kind]
+    fmt = RowFormat.fp8(dim, 64) if rows == "fp8" else RowFormat.plain(dim, torch.bfloat16)
+    requests = list(range(len(asked))) if asked[0] == 3 else [0] * len(asked)
+    lengths = [1 + max(p for r, p in zip(requests, asked, strict=True) if r == n) for n in range(max(requests) + 1)]
+    caches = []
+    for count, page in ((lengths, 64), ([n // ratio for n in lengths], 16)):
+        caches.append(make_cache(fmt, page, count, rng, device).rows)
+        for request, number in enumerate(count):
+            at = caches[-1].locate(torch.tensor(request, device=device), torch.arange(number, device=device))
+            write_rows(caches[-1], *at, normal(rng, number, dim, device=device))
+    q, sinks = normal(rng, len(asked), 8, dim, device=device, dtype=torch.bfloat16), normal(rng, 8, device=device)
+    options = {"window_size": 128, "scale": dim**-0.5, "entries": caches[1], "ratio": ratio}
+    options["max_entries"] = max(lengths) // ratio
+    lists = [torch.randperm(max(lengths), generator=rng)[:512] for _ in asked]
+    if kind == "CSA":
+        options["indices"] = torch.stack(lists).to(device, torch.int32)
+    where = (torch.tensor(values, device=device) for values in (asked, requests))
+    actual = sparse_attention(q, sinks, *where, caches[0], **options)
+    rounded = torch.bfloat16 if dispatch.backends(device.type)[0] == "triton" else torch.float32
+    for t, (request, position) in enumerate(zip(requests, asked, strict=True)):
+        visible = (position + 1) // ratio
+        chosen = (torch.arange(max(0, position - 127), position + 1), torch.arange(visible))
+        if kind == "CSA":
+            chosen = (chosen[0], lists[t][lists[t] < visible])
+        keys = [
+            read_rows(cache, *cache.locate(torch.tensor(request), n.to(device)), torch.ones(len(n), dtype=bool))
+            for cache, n in zip(caches, chosen, strict=True)
+        ]
+        assert_within(actual[t], *attend(f64(q[t]), f64(torch.cat(keys)), f64(sinks), rounded, dim**-0.5))
+
+
+def test_fp8_rows_that_are_no_words(implementation, device, rng):
+    fmt = RowFormat.fp8(DIM, 6)
+    window = make_cache(fmt, 4, [9], rng, device).rows
+    write_rows(window, *window.locate(torch.tensor(0), torch.arange(9)), normal(rng, 9, DIM, device=device))
+    q, sinks = normal(rng, 1, 2, DIM, device=device), torch.zeros(2, device=device)
+    where = torch.tensor([8], device=device), torch.tensor([0], device=device)
+    refused = pytest.raises(ValueError, match="multiples of 8 bytes, got 42 bytes of codes in rows of 54")
+    with refused if implementation in ("interpreted", "cuda") else contextlib.nullcontext():
+        assert sparse_attention(q, sinks, *where, window, window_size=4, scale=SCALE).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -268,4 +438,11 @@ def test_entries_of_another_width_are_named(device, rng):
     problem = Problem(rng, device, lengths=[8], asked=[(0, 1)], ratio=4)
     entries = make_cache(RowFormat.plain(DIM + 1, torch.float32), 2, [2], rng, device)
     with pytest.raises(ValueError, match=f"entries rows have {DIM + 1} values, the queries {DIM}"):
+        problem.run(4, entries=entries.rows)
+
+
+def test_entries_stored_otherwise_are_named(device, rng):
+    problem = Problem(rng, device, lengths=[8], asked=[(0, 1)], ratio=4)
+    entries = make_cache(FORMATS["fp8"], 2, [2], rng, device)
+    with pytest.raises(ValueError, match=r"stored alike, got .*codec='plain'.* and .*codec='e4m3'"):
         problem.run(4, entries=entries.rows)

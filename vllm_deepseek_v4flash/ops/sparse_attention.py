@@ -55,6 +55,8 @@ def sparse_attention(
     for name, cache in (("window", window), ("entries", entries)):
         if cache is not None and cache.format.dim != dim:
             raise ValueError(f"{name} rows have {cache.format.dim} values, the queries {dim}")
+    if entries is not None and entries.format != window.format:
+        raise ValueError(f"window rows and entries must be stored alike, got {window.format} and {entries.format}")
     if entries is not None and ratio < 1:
         raise ValueError(f"compressed entries need their ratio, got {ratio}")
     return implementation("sparse_attention", q.device)(

@@ -1,0 +1,81 @@
+"""The GPU path inside vLLM, on a CPU: the V2 model runner and every Triton kernel, interpreted.
+
+Collected only where `tests/test_v2_runner.py` has switched both on. What is served must be what the same runner serves
+with the PyTorch references.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import engine, tiny
+from tests.served import TOLERANCE
+from vllm_deepseek_v4flash.ops import dispatch
+
+TRITON = Path(dispatch.__file__).parent / "triton"
+TWINS = {path.stem for path in TRITON.glob("*.py")} & {path.stem for path in (TRITON.parent / "reference").glob("*.py")}
+NEW_TOKENS = 6
+# Chunks that end inside windows of both ratios, and several requests in a step.
+OPTIONS = {"max_num_batched_tokens": 70, "enable_prefix_caching": True}
+
+
+@contextmanager
+def ops(choice: str) -> Iterator[dict[str, str]]:
+    """Run with these ops; yields which backend each op that ran has run on."""
+    used: dict[str, str] = {}
+
+    def resolve(op: str, device_type: str) -> Any:
+        used[op] = dispatch._backend_of(op, device_type)
+        return getattr(importlib.import_module(f"{dispatch.__package__}.{used[op]}.{op}"), op)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(dispatch.OPS_ENV, choice)
+        patch.setattr(dispatch, "_resolve", resolve)
+        yield used
+
+
+def serve(path: Path, prompts: list[list[int]], **options: Any) -> list[tuple[list[int], torch.Tensor]]:
+    with engine.running(path, **OPTIONS, **options) as llm:
+        assert llm.llm_engine.vllm_config.use_v2_model_runner
+        return engine.decode(llm, prompts, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        pytest.param("topk", {}, id="indexer-fp32"),
+        pytest.param("topk", {"kv_cache_dtype": "fp8"}, id="indexer-fp8"),
+        pytest.param(
+            "topk", {"kv_cache_dtype": "fp8", "additional_config": {"index_cache_dtype": "fp4"}}, id="indexer-fp4"
+        ),
+        pytest.param("mixed", {}, id="flash-pattern-fp32"),
+        pytest.param("mixed", {"kv_cache_dtype": "fp8"}, id="flash-pattern-fp8"),
+    ],
+)
+def test_kernels_serve_what_the_references_serve(tmp_path: Path, config: str, options: dict[str, Any]) -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    spec = tiny.CONFIGS[config]
+    path = tiny.write_checkpoint(tmp_path / "model", spec)
+    tokens = tiny.prompt_tokens(spec)
+    # Past the first ratio-128 window, short, and one with the first's prefix in the cache.
+    prompts = [tokens[:140], tokens[20:43], [*tokens[:129], 9, 8, 7]]
+    with ops("reference") as used:
+        expected = serve(path, prompts, **options)
+    assert set(used.values()) == {"reference"}
+    with ops("triton") as used:
+        actual = serve(path, prompts, **options)
+    assert {op for op, backend in used.items() if backend == "triton"} == TWINS & set(used)
+    assert "sparse_attention" in TWINS & set(used)
+    for (tokens_, table), (expected_tokens, expected_table) in zip(actual, expected, strict=True):
+        assert tokens_ == expected_tokens
+        if "kv_cache_dtype" not in options:
+            # With fp8 rows a value next to a code's border may fall on the other side, which is a step of 6 %.
+            assert (table - expected_table).abs().max() <= TOLERANCE
