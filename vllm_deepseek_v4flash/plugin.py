@@ -216,7 +216,7 @@ def _run_eagerly_on_a_gpu(vllm_config: VllmConfig) -> None:
     model_config = vllm_config.model_config
     if not current_platform.is_cpu() and not model_config.enforce_eager:
         model_config.enforce_eager = True
-        logger.info("CUDA graphs are off (as with --enforce-eager): this version's ops cannot be captured.")
+        logger.info("CUDA graphs are off (as with --enforce-eager): this version's experts cannot be captured.")
 
 
 def _warm_up_pipeline_stages_on_a_cpu(vllm_config: VllmConfig) -> None:
