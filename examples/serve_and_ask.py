@@ -116,7 +116,7 @@ def ask_in_every_mode(url: str, question: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], epilog="Options of vllm serve follow after `--`."
+        description=(__doc__ or "").splitlines()[0], epilog="Options of vllm serve follow after --."
     )
     parser.add_argument("model", nargs="?", type=Path, default=TOY, help="a checkpoint directory (default: the toy)")
     parser.add_argument("--question", default="14+36?")

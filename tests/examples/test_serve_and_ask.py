@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "serve_and_ask.py"
@@ -46,7 +48,18 @@ def test_it_serves_and_asks_in_every_mode() -> None:
 
 
 def test_a_server_that_does_not_start_is_shown(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "missing"))
-    assert done.returncode == 1
-    assert "error: vllm serve ended with status 1" in done.stderr
-    assert "missing" in done.stderr
+    example = runpy.run_path(str(SCRIPT), run_name="serve_and_ask")
+    log = tmp_path / "log.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen([sys.executable, "-c", "print('no such checkpoint'); exit(3)"], stdout=stream)
+    with pytest.raises(example["ServeError"], match=r"ended with status 3:\nno such checkpoint"):
+        # A port that nobody listens on.
+        example["wait_until_healthy"](process, "http://127.0.0.1:9/health", log)
+
+
+def test_options_of_vllm_serve_need_the_dashes() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dtype", "float32"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert "unrecognized arguments: --dtype float32" in done.stderr
