@@ -90,7 +90,7 @@ def ask(client: openai.OpenAI, question: str, mode: str) -> tuple[str, str]:
     chunks = client.chat.completions.create(
         model="model",
         messages=[{"role": "user", "content": question}],
-        reasoning_effort=mode,  # type: ignore[arg-type]  # the openai package does not know "max" yet
+        reasoning_effort=mode,
         temperature=0.0,
         max_tokens=MAX_TOKENS,
         stream=True,

@@ -62,4 +62,4 @@ def test_options_of_vllm_serve_need_the_dashes() -> None:
         [sys.executable, str(SCRIPT), "--dtype", "float32"], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 2
-    assert "unrecognized arguments: --dtype float32" in done.stderr
+    assert "unrecognized arguments: --dtype" in done.stderr

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .numeric import FUNCTION, U32, f64
+from .numeric import FUNCTION, U32, U, f64
 
 
 def sigmoid(x):
@@ -52,6 +52,16 @@ def weighted_sum(weights, streams):
     streams = f64(streams)
     total = sum(w * s for w, s in zip(weights, streams, strict=True))
     return total, sum(abs(w) * s.abs() for w, s in zip(weights, streams, strict=True))
+
+
+def normed(x, bound, dtype, weight, eps):
+    """An input of a sublayer after its norm, and a bound, from the fp64 x [H] before it and its bound."""
+    # One rounding to the dtype, then the root of a mean of squares, which moves no more than the vector's norm does.
+    bound = bound + U[dtype] * (x.abs() + bound)
+    norm = 1 / math.sqrt(x.square().mean().item() + eps)
+    shift = bound.norm() / x.norm() + len(x) * U32 + FUNCTION
+    y, weight = x * norm, f64(weight)
+    return y * weight, (bound * norm + (shift + 2 * U32) * y.abs()) * weight.abs()
 
 
 def tensor(rows):

@@ -1,5 +1,6 @@
 """The compressor, one window and one channel at a time (spec section 3.6)."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from vllm_deepseek_v4flash.ops.rows import RowFormat
 
 from . import codecs
 from .numeric import FUNCTION, U32, U, assert_exact, f64, integers, normal
-from .paging import make_cache
+from .paging import POISON, make_cache
 
 DIM, ROPE, EPS = 16, 4, 1e-3
 INV_FREQ = [0.9, 0.05]
@@ -27,7 +28,7 @@ class Problem:
     """Whole sequences of projections, of which `step` processes any tokens in any order of calls."""
 
     def __init__(self, rng, device, *, ratio, overlap, lengths, fmt=ENTRY_FORMATS["fp32"], dtype=torch.float32,
-                 state_rows=4, entry_rows=3):  # fmt: skip
+                 state_rows=4, entry_rows=3, far=False):  # fmt: skip
         self.device, self.ratio, self.overlap, self.dtype, self.fmt = device, ratio, overlap, dtype, fmt
         self.dim = fmt.dim
         channels = 2 * self.dim if overlap else self.dim
@@ -35,8 +36,9 @@ class Problem:
         self.ape = normal(rng, ratio, channels, device=device)
         self.norm_weight = normal(rng, self.dim, device=device, dtype=dtype)
         self.inv_freq = torch.tensor(INV_FREQ, device=device)
-        self.states = make_cache(RowFormat.plain(2 * channels, torch.float32), state_rows, lengths, rng, device)
-        self.entries = make_cache(fmt, entry_rows, [n // ratio for n in lengths], rng, device)
+        states = RowFormat.plain(2 * channels, torch.float32)
+        self.states = make_cache(states, state_rows, lengths, rng, device, far=far)
+        self.entries = make_cache(fmt, entry_rows, [n // ratio for n in lengths], rng, device, far=far)
 
     def step(self, tokens, padding=()):
         """Process (request, position) pairs, then padded tokens that hold such pairs too."""
@@ -238,31 +240,93 @@ def test_any_page_size(device, rng, rows):
     problem.check([13, 8])
 
 
-def test_rotation_takes_the_position_of_the_window_far_from_the_start(device, rng):
-    """Window 5000 of ratio 4, rotated at 20000; windows before it share one entry page with it only in name."""
+@pytest.mark.parametrize("last", [20003, 2**20 - 1])
+def test_rotation_takes_the_position_of_the_window_far_from_the_start(device, rng, last):
+    """The second window of 8 tokens that end at `last`; fp32 angles of 2^20 tokens are many turns, and exact."""
     problem = Problem(rng, device, lengths=[8], ratio=4, overlap=True)
-    base = 4 * 4999
-    states = problem.states.rows
-    far = torch.zeros((1, 5001), dtype=torch.int32, device=device)
-    far[0, 4999:] = states.block_table[0, :2]  # 4 rows a page: positions base.. lie where 0.. did
-    entries = make_cache(problem.fmt, 1, [5001], rng, device)
+    base = last - 7
+    states, entries = problem.states.rows, make_cache(problem.fmt, 1, [2], rng, device)
+    # Positions base.. lie where 0.. would, and the windows before them nowhere.
+    far_states, far_entries = (
+        torch.zeros((1, last // 4 + 1), dtype=torch.int32, device=device) for _ in (states, entries)
+    )
+    far_states[0, -2:], far_entries[0, -2:] = states.block_table[0, :2], entries.rows.block_table[0, :2]
     compress(
         problem.kv[0], problem.gate[0], problem.ape, problem.norm_weight, problem.inv_freq,
         torch.arange(base, base + 8, device=device), torch.zeros(8, dtype=torch.int32, device=device),
-        type(states)(states.pages, 4, states.format, far),
+        dataclasses.replace(states, block_table=far_states),
         torch.tensor([problem.states.slot(0, p) for p in range(8)], device=device),
-        entries.rows, ratio=4, eps=EPS, dtype=torch.float32,
+        dataclasses.replace(entries.rows, block_table=far_entries), ratio=4, eps=EPS, dtype=torch.float32,
     )  # fmt: skip
     value, bound = problem.entry(0, 1)
-    # The same pooled values as window 1, whose rotation is undone and done again at 4 * 5000.
+    # The same pooled values as window 1, whose rotation is undone and done again at the window's first token.
     for k, freq in enumerate(INV_FREQ):
         i = DIM - ROPE + 2 * k
-        near, there = ((torch.tensor(float(p)) * torch.tensor(freq)).item() for p in (4, 20000))
+        near, there = ((torch.tensor(float(p)) * torch.tensor(freq)).item() for p in (4, last - 3))
         z = complex(*value[i : i + 2].tolist()) * complex(math.cos(there - near), math.sin(there - near))
         value[i], value[i + 1] = z.real, z.imag
         bound[i : i + 2] = bound[i : i + 2].sum()
-    assert ((entries.get(0, 5000) - value).abs() <= bound + U32 * value.abs()).all()
-    assert all(entries.is_poison(0, w) for w in (0, 1, 4998))
+    assert ((entries.get(0, 1) - value).abs() <= bound + U32 * value.abs()).all()
+    assert set(entries.bytes[0].tolist()) == {POISON}
+
+
+LONG = {"csa": (4, True, 16), "overlap-16": (16, True, 16), "hca": (128, False, 256)}
+
+
+@pytest.mark.parametrize(("ratio", "overlap", "dim"), LONG.values(), ids=LONG)
+def test_the_bytes_do_not_depend_on_the_steps(device, ratio, overlap, dim):
+    """Steps of 1, 3, 5, 127 and 129 tokens, so that windows come from inputs, from states and from both."""
+    length, images = 257 if ratio == 128 else 131, []
+    for chunk in (length, 1, 3, 5, 127, 129):
+        rng = torch.Generator().manual_seed(1)
+        problem = Problem(rng, device, lengths=[length], ratio=ratio, overlap=overlap, fmt=RowFormat.fp8(dim, ROPE))
+        for start in range(0, length, chunk):
+            problem.step(tokens(0, start, min(start + chunk, length)))
+        images.append((problem.states.bytes, problem.entries.bytes))
+    for states, entries in images[1:]:
+        assert torch.equal(states, images[0][0])
+        assert torch.equal(entries, images[0][1])
+
+
+def test_a_window_of_many_rows_and_channels(device, rng):
+    """Flash's HCA shape, gates of very different sizes."""
+    problem = Problem(rng, device, lengths=[129], ratio=128, overlap=False, fmt=RowFormat.fp8(512, ROPE))
+    problem.gate[0] *= 20
+    problem.step(tokens(0, 0, 50))
+    problem.step(tokens(0, 50, 129))
+    problem.check_entry(0, 0)
+
+
+def test_rows_of_a_wider_tensor(device, rng):
+    """The projections may be two halves of one product."""
+    problem, plain = (
+        Problem(torch.Generator().manual_seed(1), device, lengths=[9], ratio=4, overlap=True) for _ in range(2)
+    )
+    both = torch.cat((problem.kv[0], problem.gate[0]), dim=1)
+    slots = torch.tensor([problem.states.slot(0, p) for p in range(9)], device=device)
+    compress(
+        *both.chunk(2, dim=1), problem.ape, problem.norm_weight, problem.inv_freq, torch.arange(9, device=device),
+        torch.zeros(9, dtype=torch.int64, device=device), problem.states.rows, slots, problem.entries.rows,
+        ratio=4, eps=EPS, dtype=torch.float32,
+    )  # fmt: skip
+    plain.step(tokens(0, 0, 9))
+    problem.check([9])
+    assert torch.equal(problem.entries.bytes, plain.entries.bytes)
+
+
+@pytest.mark.parametrize("fmt", [ENTRY_FORMATS["fp8"], RowFormat.fp4(64)], ids=["fp8", "fp4"])
+def test_caches_larger_than_32_bit_offsets(device, rng, fmt):
+    problem, near = (
+        Problem(torch.Generator().manual_seed(1), device, lengths=[9], ratio=4, overlap=True, fmt=fmt, far=far)
+        for far in (True, False)
+    )
+    for start, stop in ((0, 6), (6, 9)):  # the second window needs states of both steps
+        problem.step(tokens(0, start, stop))
+        near.step(tokens(0, start, stop))
+    for r in range(9):
+        assert problem.states.raw(0, r) == near.states.raw(0, r)
+    for w in range(2):
+        assert problem.entries.raw(0, w) == near.entries.raw(0, w)
 
 
 def test_four_bit_entries_hold_the_transformed_values(device, rng):
@@ -322,6 +386,13 @@ def test_wrong_arguments_are_named(device, rng, name, value, message):
     arguments[name] = value.to(device)
     with pytest.raises(ValueError, match=message):
         compress(**arguments, ratio=4, eps=EPS, dtype=torch.float32)
+
+
+def test_state_rows_of_another_dtype_are_named(device, rng):
+    problem = Problem(rng, device, lengths=[4], ratio=4, overlap=True)
+    problem.states = make_cache(RowFormat.plain(4 * DIM, torch.bfloat16), 4, [4], rng, device)
+    with pytest.raises(ValueError, match="states must be torch.float32, got torch.bfloat16"):
+        problem.step(tokens(0, 0, 4))
 
 
 def test_state_rows_of_another_width_are_named(device, rng):

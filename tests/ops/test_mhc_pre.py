@@ -7,14 +7,15 @@ from vllm_deepseek_v4flash.ops.mhc_pre import mhc_pre
 
 from . import mhc_oracle
 from .mhc_oracle import sigmoid, tensor
-from .numeric import FUNCTION, U32, assert_within, f64, normal
+from .numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
 
 
-def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=1.0):
+def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=1.0, norm=False):
     streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
     fn = normal(rng, (2 + n) * n, n * hidden, scale=(n * hidden) ** -0.5, device=device)
     scale = torch.tensor([0.8, 1.3, 1.7], device=device)
-    return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device), None
+    norm_weight = normal(rng, hidden, device=device, dtype=dtype) if norm else None
+    return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device), norm_weight
 
 
 def check(actual, streams, fn, scale, base, norm_weight, *, norm_eps, hc_eps, sinkhorn_iters):
@@ -30,9 +31,10 @@ def check(actual, streams, fn, scale, base, norm_weight, *, norm_eps, hc_eps, si
         # A sigmoid changes by at most a quarter of its argument's error; the argument itself is rounded twice.
         moved = [abs(s[min(i // n, 2)]) * e + 2 * U32 * (abs(m[i]) * 2 + abs(b[i])) for i, e in enumerate(error)]
         mixed, size = mhc_oracle.weighted_sum(pre, streams[t])
-        assert_within(
-            x[t], mixed, max(moved[:n]) / 4 * f64(streams[t]).abs().sum(0) + ((n + 1) * U32 + FUNCTION) * size
-        )
+        bound = max(moved[:n]) / 4 * f64(streams[t]).abs().sum(0) + ((n + 1) * U32 + FUNCTION) * size
+        if norm_weight is not None:
+            mixed, bound = mhc_oracle.normed(mixed, bound, streams.dtype, norm_weight, norm_eps)
+        assert_within(x[t], mixed, bound)
         expected = tensor([2 * sigmoid(m[n + k] * s[1] + b[n + k]) for k in range(n)])
         assert_within(post[t], expected, tensor(moved[n : 2 * n]) / 2 + FUNCTION)
         logits = [[m[2 * n + n * j + k] * s[2] + b[2 * n + n * j + k] for k in range(n)] for j in range(n)]
@@ -46,11 +48,44 @@ def check(actual, streams, fn, scale, base, norm_weight, *, norm_eps, hc_eps, si
 OPTIONS = {"norm_eps": 1e-6, "hc_eps": 1e-6, "sinkhorn_iters": 20}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "n", "hidden"), [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 2, 8), (2, 1, 8)])
-def test_matches_the_formula(device, rng, dtype, tokens, n, hidden):
-    arguments = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype)
+SHAPES = [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 2, 8), (2, 1, 8), (67, 3, 40)]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "n", "hidden"), SHAPES)
+def test_matches_the_formula(device, rng, dtype, tokens, n, hidden, norm):
+    arguments = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype, norm=norm)
     check(mhc_pre(*arguments, **OPTIONS), *arguments, **OPTIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_have_every_bit_of_fp32(device, dtype):
+    """A difference in the last bits of `fn` is made visible by a base that takes the rest away."""
+    n, hidden = 4, 16
+    streams = torch.zeros(1, n, hidden, device=device, dtype=dtype)
+    streams[0, 2, 5] = n * hidden**0.5 / n**0.5  # the mean of squares is 1
+    value = 1 + 2**-19 + 2**-23
+    fn = torch.zeros((2 + n) * n, n * hidden, device=device)
+    fn[n : 2 * n, 2 * hidden + 5] = value
+    scale, base = torch.full((3,), 2.0**20, device=device), torch.zeros((2 + n) * n, device=device)
+    base[n : 2 * n] = -(2.0**20) * 8
+    _, post, _ = mhc_pre(streams, fn, scale, base, None, **{**OPTIONS, "norm_eps": 0.0})
+    # 8 value 2^20 is exact; the inverse root may be off by FUNCTION, which moves 2^23 by less than 4.
+    assert (f64(post) - 2 * sigmoid(2**23 * (value - 1))).abs().max() <= 2 * (1 - sigmoid(12))
+
+
+def test_streams_and_weights_may_be_strided(device, rng):
+    streams, *others = problem(rng, device, norm=True)
+    wide = torch.stack((streams, streams + 1), dim=3).flatten(2)[:, :, ::2]  # every other value
+    apart = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]  # rows of a wider tensor
+    same = streams[:, :1].expand(streams.shape)  # one stream four times
+    for given, plain in ((wide, streams), (apart, streams), (same, same.contiguous())):
+        assert not given.is_contiguous()
+        for actual, expected in zip(
+            mhc_pre(given, *others, **OPTIONS), mhc_pre(plain, *others, **OPTIONS), strict=True
+        ):
+            assert_exact(actual, expected)
 
 
 @pytest.mark.parametrize("iters", [1, 2, 3, 20])

@@ -42,7 +42,7 @@ def run_script(*arguments: str, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_ten_minutes(tmp_path: Path) -> None:
-    run_script("--minutes", "10", "--log", str(tmp_path / "server.log"), seconds=3600)
+    run_script("--minutes", "10", "--logs", str(tmp_path), seconds=3600)
 
 
 @pytest.mark.slow
@@ -53,7 +53,18 @@ def test_two_ranks(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((TOY / name).read_bytes())
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,3")
-    run_script(str(model), "--minutes", "1", f"--{axis}-parallel-size", "2", "--prompts", "20", seconds=3600)
+    run_script(
+        str(model),
+        "--minutes",
+        "1",
+        f"--{axis}-parallel-size",
+        "2",
+        "--prompts",
+        "20",
+        "--logs",
+        str(tmp_path),
+        seconds=3600,
+    )
 
 
 def seen(**changes: object) -> Report:

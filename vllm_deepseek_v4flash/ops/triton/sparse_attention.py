@@ -66,6 +66,9 @@ def sparse_attention(
     if splits > 1:
         parts = torch.empty((num_tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((num_tokens, heads, splits, 2), dtype=torch.float32, device=q.device)
+    # With few queries half the registers do, and two programs fit a multiprocessor; where they do not, ptxas should not
+    # try, as it does when it is not told.
+    registers = 128 if block_t * block_h == 8 and not device.native_fp8 else 255
     rope = 0 if cos_sin is None else cos_sin.shape[1]
     cos_sin = q if cos_sin is None else cos_sin.contiguous()
     listed = q if indices is None else indices
@@ -78,7 +81,7 @@ def sparse_attention(
         BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_K=block_k, SPLIT=splits > 1,
         WINDOW_ROWS=window.rows_per_page, ENTRY_ROWS=entries.rows_per_page,
         DTYPE=_TYPES[dtype], NATIVE=device.native_fp8, **format_constants(fmt) | {"BLOCK_D": block(dim, 64)},
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1, maxnreg=registers,
     )  # fmt: skip
     if splits > 1:
         launch(
