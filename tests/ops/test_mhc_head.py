@@ -7,7 +7,7 @@ from vllm_deepseek_v4flash.ops.mhc_head import mhc_head
 
 from . import mhc_oracle
 from .mhc_oracle import sigmoid
-from .numeric import FUNCTION, U32, assert_within, f64, normal
+from .numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
 
 
 def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32):
@@ -16,8 +16,8 @@ def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32):
     return streams, fn, torch.tensor([1.3], device=device), normal(rng, n, device=device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "n", "hidden"), [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 1, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "n", "hidden"), [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 1, 8), (67, 2, 40)])
 @pytest.mark.parametrize(("norm_eps", "hc_eps"), [(1e-6, 1e-6), (0.6, 0.05)])
 def test_matches_the_formula(device, rng, dtype, tokens, n, hidden, norm_eps, hc_eps):
     streams, fn, scale, base = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype)
@@ -31,6 +31,14 @@ def test_matches_the_formula(device, rng, dtype, tokens, n, hidden, norm_eps, hc
         moved = max(abs(s) * e + 2 * U32 * (abs(m[i] * s) + abs(b[i])) for i, e in enumerate(error)) / 4
         expected, size = mhc_oracle.weighted_sum(pre, streams[t])
         assert_within(actual[t], expected, moved * f64(streams[t]).abs().sum(0) + ((n + 1) * U32 + FUNCTION) * size)
+
+
+def test_streams_may_be_strided(device, rng):
+    streams, *others = problem(rng, device)
+    apart = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]
+    assert not apart.is_contiguous()
+    options = {"norm_eps": 1e-6, "hc_eps": 1e-6}
+    assert_exact(mhc_head(apart, *others, **options), mhc_head(streams, *others, **options))
 
 
 def test_no_tokens(device, rng):

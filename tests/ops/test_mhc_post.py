@@ -14,8 +14,8 @@ def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32):
     return x, streams, normal(rng, tokens, n, device=device), normal(rng, tokens, n, n, device=device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "n", "hidden"), [(5, 4, 24), (1, 4, 101), (3, 3, 16), (2, 1, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "n", "hidden"), [(5, 4, 24), (1, 4, 101), (3, 3, 16), (2, 1, 8), (67, 2, 70)])
 def test_matches_the_formula_with_a_single_rounding(device, rng, dtype, tokens, n, hidden):
     x, streams, post, comb = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype)
     actual = mhc_post(x, streams, post, comb)
@@ -35,6 +35,18 @@ def test_comb_moves_a_stream_from_its_first_index_to_its_second(device, rng):
     actual = mhc_post(x, streams, post, comb)
     assert_exact(actual[0, 3], streams[0, 1])
     assert not actual[0, :3].any()
+
+
+def test_everything_may_be_strided(device, rng):
+    x, streams, post, comb = problem(rng, device)
+    given = (
+        torch.stack((x, x + 1), dim=2).flatten(1)[:, ::2],
+        torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]],
+        torch.cat((post, post + 1), dim=1)[:, : post.shape[1]],
+        comb.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert not any(tensor.is_contiguous() for tensor in given)
+    assert_exact(mhc_post(*given), mhc_post(x, streams, post, comb))
 
 
 def test_streams_are_left_alone(device, rng):

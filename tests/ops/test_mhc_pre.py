@@ -64,15 +64,14 @@ def test_products_have_every_bit_of_fp32(device, dtype):
     """A difference in the last bits of `fn` is made visible by a base that takes the rest away."""
     n, hidden = 4, 16
     streams = torch.zeros(1, n, hidden, device=device, dtype=dtype)
-    streams[0, 2, 5] = n * hidden**0.5 / n**0.5  # the mean of squares is 1
-    value = 1 + 2**-19 + 2**-23
+    streams[0, 2, 5] = 8.0  # the mean of squares is 1, and so is its inverse root
     fn = torch.zeros((2 + n) * n, n * hidden, device=device)
-    fn[n : 2 * n, 2 * hidden + 5] = value
+    fn[n : 2 * n, 2 * hidden + 5] = 1 + 2**-9 + 2**-23
     scale, base = torch.full((3,), 2.0**20, device=device), torch.zeros((2 + n) * n, device=device)
-    base[n : 2 * n] = -(2.0**20) * 8
-    _, post, _ = mhc_pre(streams, fn, scale, base, None, **{**OPTIONS, "norm_eps": 0.0})
-    # 8 value 2^20 is exact; the inverse root may be off by FUNCTION, which moves 2^23 by less than 4.
-    assert (f64(post) - 2 * sigmoid(2**23 * (value - 1))).abs().max() <= 2 * (1 - sigmoid(12))
+    base[n : 2 * n] = -(2.0**23) * (1 + 2**-9)
+    _, post, _ = mhc_pre(streams, fn, scale, base, None, **{**OPTIONS, "norm_eps": 1e-30})
+    # 2^23 (fn - 1 - 2^-9), and no step on the way to it rounds.
+    assert (f64(post) - 2 * sigmoid(1)).abs().max() <= 2 * FUNCTION
 
 
 def test_streams_and_weights_may_be_strided(device, rng):

@@ -46,25 +46,22 @@ def test_ten_minutes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-def test_two_ranks(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:
     """With a kill -9 of the engine core and of either worker, each followed by a restart."""
+    run_script(
+        "--minutes", "1", "--tensor-parallel-size", "2", "--prompts", "20", "--logs", str(tmp_path), seconds=3600
+    )
+
+
+@pytest.mark.slow
+def test_two_pipeline_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with two tensor-parallel ranks."""
     model = write_checkpoint(tmp_path / "model", STAGED)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((TOY / name).read_bytes())
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,3")
-    run_script(
-        str(model),
-        "--minutes",
-        "1",
-        f"--{axis}-parallel-size",
-        "2",
-        "--prompts",
-        "20",
-        "--logs",
-        str(tmp_path),
-        seconds=3600,
-    )
+    options = ("--pipeline-parallel-size", "2", "--prompts", "20", "--logs", str(tmp_path))
+    run_script(str(model), "--minutes", "1", *options, seconds=3600)
 
 
 def seen(**changes: object) -> Report:

@@ -55,7 +55,7 @@ def _compress(
     DTYPE: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr, DATA: tl.constexpr,
     SCALES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(0)
     slot = tl.load(slots + t)
     if slot >= 0:
         position = tl.load(positions + t)

@@ -23,7 +23,7 @@ from .rope import load_rotary
 from .rows import format_constants, locate, row_args
 from .sparse_attention_rows import check_words, decode, fetch
 
-_QUERIES = 32  # of one program, at most
+_QUERIES = 32  # of one program, at most; fp32 ones, which no matrix unit multiplies, take more registers
 _MOST_SPLITS = 64
 _MERGED = 32  # pairs of a head's values that one program merges
 _LOG2_E = math.log2(math.e)
@@ -53,12 +53,12 @@ def sparse_attention(
         entries, indices, ratio = window, None, 0
     check_words(window)
     check_words(entries)
-    # Queries of one request share its keys, unless each token lists its own or decodes for another request.
-    block_h = min(block(heads, 8), _QUERIES)
-    alone = indices is not None or num_tokens <= window.block_table.shape[0]
-    block_t = 1 if alone else _QUERIES // block_h
     dtype = torch.promote_types(q.dtype, fmt.dtype) if fmt.codec == "plain" else q.dtype
-    block_k = 32 if dtype.itemsize == 2 else 16
+    queries, block_k = (_QUERIES, 32) if dtype.itemsize == 2 else (8, 16)
+    # Tokens of one request share its keys, unless each token lists its own or decodes for another request.
+    block_h = min(block(heads, 8), queries)
+    alone = indices is not None or num_tokens <= window.block_table.shape[0]
+    block_t = 1 if alone else queries // block_h
     token_blocks, head_blocks = triton.cdiv(num_tokens, block_t), triton.cdiv(heads, block_h)
     tiles = triton.cdiv(window_size, block_k) + 1 + triton.cdiv(num_entries, block_k)
     splits = max(1, min(device.multiprocessors // max(1, token_blocks * head_blocks), tiles // 2, _MOST_SPLITS))
@@ -68,7 +68,7 @@ def sparse_attention(
         stats = torch.empty((num_tokens, heads, splits, 2), dtype=torch.float32, device=q.device)
     # With few queries half the registers do, and two programs fit a multiprocessor; where they do not, ptxas should not
     # try, as it does when it is not told.
-    registers = 128 if block_t * block_h == 8 and not device.native_fp8 else 255
+    halved = block_t * block_h == 8 and dtype.itemsize == 2 and not device.native_fp8
     rope = 0 if cos_sin is None else cos_sin.shape[1]
     cos_sin = q if cos_sin is None else cos_sin.contiguous()
     listed = q if indices is None else indices
@@ -81,7 +81,7 @@ def sparse_attention(
         BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_K=block_k, SPLIT=splits > 1,
         WINDOW_ROWS=window.rows_per_page, ENTRY_ROWS=entries.rows_per_page,
         DTYPE=_TYPES[dtype], NATIVE=device.native_fp8, **format_constants(fmt) | {"BLOCK_D": block(dim, 64)},
-        num_warps=8, num_stages=1, maxnreg=registers,
+        num_warps=8, num_stages=1, maxnreg=128 if halved else 255,
     )  # fmt: skip
     if splits > 1:
         launch(
