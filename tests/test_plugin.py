@@ -503,6 +503,27 @@ REFUSED = {
         {},
         ["--decode-context-parallel-size 2", "Use 1"],
     ),
+    "index cache": (
+        {"additional_config": {"index_cache_dtype": "fp6"}},
+        {},
+        ["index_cache_dtype in --additional-config is 'fp6'", "use one of auto, fp8, fp4, model"],
+    ),
+    "additional config": (
+        {"additional_config": {"index_cache_type": "fp4"}},
+        {},
+        ["--additional-config has 'index_cache_type', which nothing reads", "allowed: 'index_cache_dtype'"],
+    ),
+    "prompt embeds": ({"enable_prompt_embeds": True}, {}, ["--enable-prompt-embeds is not served", "token ids"]),
+    "tp": (
+        {"tensor_parallel_size": 2},
+        {"moe_intermediate_size": 33},
+        ["--tensor-parallel-size 2 does not divide moe_intermediate_size, 33"],
+    ),
+    "tp+ep": (
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"n_routed_experts": 7},
+        ["--tensor-parallel-size 2 does not divide n_routed_experts, 7"],
+    ),
     "pcp": ({"prefill_context_parallel_size": 2}, {}, ["--prefill-context-parallel-size 2", "Use 1"]),
     "dp+ep": (
         {"data_parallel_size": 2, "enable_expert_parallel": True},

@@ -15,7 +15,7 @@ from vllm_deepseek_v4flash.serving.registration import enable_thinking_budget, s
 
 if TYPE_CHECKING:
     from torch import nn
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 MODEL_PATH = "vllm_deepseek_v4flash.model:DeepseekV4ForCausalLM"
@@ -25,8 +25,6 @@ BACKEND_PATH = "vllm_deepseek_v4flash.attention.backend.DeepseekV4Backend"
 # vLLM's vision wrapper builds its text model by the architecture name that we take over.  It must keep getting
 # vLLM's own class (`build_in_tree_model`), which therefore stays reachable under this second name.
 IN_TREE_ARCHITECTURE = "DeepseekV4ForCausalLM_vllm_in_tree"
-
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla")
 
 _MLA_DISABLE_ENV = "VLLM_MLA_DISABLE"
 _BREAKABLE_GRAPH_ENV = "VLLM_USE_BREAKABLE_CUDAGRAPH"
@@ -257,13 +255,32 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
             f"do not fit vllm-deepseek-v4flash's model: start without --quantization, or set {DISABLE_ENV}=1 for "
             f"vLLM's in-tree model."
         )
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in KV_CACHE_DTYPES:
+    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         raise ValueError(
-            f"--kv-cache-dtype {cache_dtype} is not a row format of DeepSeek-V4's cache in vllm-deepseek-v4flash; "
-            f"allowed: {', '.join(KV_CACHE_DTYPES)}. Start without --kv-cache-dtype for the default."
+            "--enable-prompt-embeds is not served with DeepSeek-V4: its hash-routed layers choose experts by token id, "
+            "which embeddings do not have. Start without it and send text or token ids."
         )
-    parallel = vllm_config.parallel_config
+    config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
+    check_cache_options(config, vllm_config)
+    check_parallelism(config, vllm_config.parallel_config)
+
+
+def check_cache_options(config: DeepseekV4Config, vllm_config: VllmConfig) -> None:
+    """Refuse row formats that do not exist, and keys of `--additional-config` that nobody reads: ValueError."""
+    from vllm_deepseek_v4flash.attention.formats import CacheFormats
+
+    options = dict(vllm_config.additional_config or {})
+    index_dtype = options.pop("index_cache_dtype", "auto")
+    if options:
+        raise ValueError(
+            f"--additional-config has {', '.join(map(repr, options))}, which nothing reads; allowed: "
+            f"'index_cache_dtype'. Remove the others, or mend their names."
+        )
+    CacheFormats.select(config, vllm_config.cache_config.cache_dtype, index_dtype, vllm_config.model_config.dtype)
+
+
+def check_parallelism(config: DeepseekV4Config, parallel: ParallelConfig) -> None:
+    """Refuse what cannot be divided over the ranks: ValueError with the option, its value, the mend."""
     for option, why in (
         ("decode_context_parallel_size", "its compressed entries cannot be sharded over tokens"),
         ("prefill_context_parallel_size", "its compressors read across the chunk boundaries"),
@@ -274,7 +291,14 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
                 f"--{option.replace('_', '-')} {size} is not served with DeepSeek-V4 by vllm-deepseek-v4flash: "
                 f"{why}. Use 1; tensor and pipeline parallelism work."
             )
-    check_pipeline_stages(DeepseekV4Config.from_hf(vllm_config.model_config.hf_config), parallel.pipeline_parallel_size)
+    size = parallel.tensor_parallel_size
+    experts = "n_routed_experts" if parallel.enable_expert_parallel else "moe_intermediate_size"
+    for field in ("num_attention_heads", "o_groups", experts):
+        if getattr(config, field) % size:
+            raise ValueError(
+                f"--tensor-parallel-size {size} does not divide {field}, {getattr(config, field)}: use a size that does"
+            )
+    check_pipeline_stages(config, parallel.pipeline_parallel_size)
     if parallel.data_parallel_size > 1 and parallel.enable_expert_parallel:
         raise ValueError(
             f"--data-parallel-size {parallel.data_parallel_size} with --enable-expert-parallel is not served with "

@@ -75,7 +75,7 @@ def test_strided_heads_and_no_tokens(device, rng):
     [
         pytest.param(torch.zeros(3, 4), r"cos_sin must have shape \[2, \*\], got \[3, 4\]", id="tokens"),
         pytest.param(torch.zeros(2, 4).half(), "cos_sin must be torch.float32, got torch.float16", id="dtype"),
-        pytest.param(torch.zeros(2, 10), "cannot rotate 10 of 8", id="too-wide"),
+        pytest.param(torch.zeros(2, 10), "cannot rotate 10 of 8 dimensions", id="too-wide"),
         pytest.param(torch.zeros(2, 3), "cannot rotate 3 of 8", id="odd"),
     ],
 )

@@ -138,6 +138,8 @@ def test_no_tokens(device, rng):
         ("kv", (2, DIM), rf"kv must have shape \[3, {DIM}\]"),
         ("slots", (2,), r"slots must have shape \[3\], got \[2\]"),
         ("cos_sin", (2, ROPE), r"cos_sin must have shape \[3, "),
+        ("cos_sin", (3, ROPE - 1), f"cannot rotate {ROPE - 1} of {DIM} dimensions"),
+        ("cos_sin", (3, DIM + 2), f"cannot rotate {DIM + 2} of {DIM} dimensions"),
     ],
 )
 def test_wrong_shapes_are_named_and_nothing_is_written(device, rng, name, shape, message):

@@ -422,6 +422,8 @@ def test_fp8_rows_that_are_no_words(implementation, device, rng):
         ({"indices": torch.zeros(3, 4, dtype=torch.int32)}, r"indices must have shape \[2, \*\]"),
         ({"indices": torch.zeros(2, 4, dtype=torch.int64)}, "indices must be torch.int32"),
         ({"ratio": 0}, "ratio, got 0"),
+        ({"cos_sin": torch.zeros(2, DIM + 2)}, f"cannot rotate {DIM + 2} of {DIM} dimensions"),
+        ({"cos_sin": torch.zeros(2, 4).half()}, "cos_sin must be torch.float32"),
         ({"q": torch.zeros(2, 3, DIM - 8)}, f"window rows have {DIM} values, the queries {DIM - 8}"),
     ],
 )

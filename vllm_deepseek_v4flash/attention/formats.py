@@ -11,6 +11,8 @@ from ..ops.rows import RowFormat
 
 _PLAIN = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FP8 = ("fp8", "fp8_e4m3", "fp8_ds_mla")
+# vLLM has no option for float32 rows: `auto` chooses them for a model in float32.
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *_FP8)
 INDEX_CACHE_DTYPES = ("auto", "fp8", "fp4", "model")
 
 
@@ -40,8 +42,10 @@ class CacheFormats:
         elif cache_dtype in _PLAIN:
             rows = RowFormat.plain(config.head_dim, _PLAIN[cache_dtype])
         else:
-            allowed = ", ".join(("auto", *_PLAIN, *_FP8))
-            raise ValueError(f"--kv-cache-dtype {cache_dtype} is not served for DeepSeek-V4: use one of {allowed}")
+            raise ValueError(
+                f"--kv-cache-dtype {cache_dtype} is not a row format of DeepSeek-V4's cache in vllm-deepseek-v4flash; "
+                f"allowed: {', '.join(KV_CACHE_DTYPES)}. Start without --kv-cache-dtype for the default."
+            )
         if index_cache_dtype == "auto":
             index_cache_dtype = "fp8" if rows.codec == "e4m3" else "model"
         return cls(rows, _index_format(index_cache_dtype, config.index_head_dim, rows, model_dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_dtype, check_shape
+from .checks import check_cos_sin
 from .dispatch import implementation
 
 
@@ -19,10 +19,5 @@ def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor, *, inverse: bool = False)
     Returns:
         The shape and dtype of `x`; the rotation itself is fp32.
     """
-    check_shape("cos_sin", cos_sin, (x.shape[0], None))
-    check_dtype("cos_sin", cos_sin, torch.float32)
-    if cos_sin.shape[1] > x.shape[-1] or cos_sin.shape[1] % 2:
-        raise ValueError(
-            f"cannot rotate {cos_sin.shape[1]} of {x.shape[-1]} dimensions: need an even number within them"
-        )
+    check_cos_sin(cos_sin, x.shape[0], x.shape[-1])
     return implementation("apply_rope", x.device)(x, cos_sin, inverse=inverse)

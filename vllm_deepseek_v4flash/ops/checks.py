@@ -21,3 +21,11 @@ def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
     if tensor.dtype not in allowed:
         names = " or ".join(str(d) for d in allowed)
         raise ValueError(f"{name} must be {names}, got {tensor.dtype}")
+
+
+def check_cos_sin(cos_sin: torch.Tensor, num_tokens: int, dim: int) -> None:
+    """Raise ValueError unless `cos_sin` is fp32 [num_tokens, R] that rotates R of `dim` dimensions: even, 2 to `dim`."""
+    check_shape("cos_sin", cos_sin, (num_tokens, None))
+    check_dtype("cos_sin", cos_sin, torch.float32)
+    if cos_sin.shape[1] not in range(2, dim + 1, 2):
+        raise ValueError(f"cannot rotate {cos_sin.shape[1]} of {dim} dimensions: need an even number from 2 up")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_dtype, check_shape
+from .checks import check_cos_sin, check_shape
 from .dispatch import implementation
 from .rows import PagedRows
 
@@ -42,14 +42,11 @@ def indexer_topk(
     """
     num_tokens, heads, dim = q.shape
     check_shape("weights", weights, (num_tokens, heads))
-    check_shape("cos_sin", cos_sin, (num_tokens, None))
-    check_dtype("cos_sin", cos_sin, torch.float32)
+    check_cos_sin(cos_sin, num_tokens, dim)
     check_shape("positions", positions, (num_tokens,))
     check_shape("request", request, (num_tokens,))
     if dim != entries.format.dim:
         raise ValueError(f"queries have {dim} dimensions, the cached keys {entries.format.dim}")
-    if cos_sin.shape[1] not in range(2, dim + 1, 2):
-        raise ValueError(f"cannot rotate {cos_sin.shape[1]} of {dim} dimensions: need an even number from 2 up")
     if topk < 1:
         raise ValueError(f"topk must be positive, got {topk}")
     return implementation("indexer_topk", q.device)(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_shape
+from .checks import check_cos_sin, check_shape
 from .dispatch import implementation
 from .rows import PagedRows
 
@@ -26,6 +26,6 @@ def qnorm_rope_kv_insert(
     """
     num_tokens, _, head_dim = q.shape
     check_shape("kv", kv, (num_tokens, head_dim))
-    check_shape("cos_sin", cos_sin, (num_tokens, None))
+    check_cos_sin(cos_sin, num_tokens, head_dim)
     check_shape("slots", slots, (num_tokens,))
     return implementation("qnorm_rope_kv_insert", q.device)(q, kv, cos_sin, window, slots, eps=eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_dtype, check_shape
+from .checks import check_cos_sin, check_dtype, check_shape
 from .dispatch import implementation
 from .rows import PagedRows
 
@@ -51,7 +51,7 @@ def sparse_attention(
         check_shape("indices", indices, (num_tokens, None))
         check_dtype("indices", indices, torch.int32)
     if cos_sin is not None:
-        check_shape("cos_sin", cos_sin, (num_tokens, None))
+        check_cos_sin(cos_sin, num_tokens, dim)
     for name, cache in (("window", window), ("entries", entries)):
         if cache is not None and cache.format.dim != dim:
             raise ValueError(f"{name} rows have {cache.format.dim} values, the queries {dim}")

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ..rows import PagedRows
 from .launch import block, device_of, launch
+from .rope_table import cos_sin
 from .rows import format_constants, locate, row_args, store_rows
 
 _TILE = 8192  # values of a window's rows that one program holds at a time
@@ -55,7 +56,7 @@ def _compress(
     DTYPE: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr, DATA: tl.constexpr,
     SCALES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0)
+    t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + t)
     if slot >= 0:
         position = tl.load(positions + t)
@@ -132,24 +133,6 @@ def _rotate(x, position, inv_freq, DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_
     """x [1, BLOCK_D] fp32 with its last ROPE of DIM dimensions rotated by fp32 angles position * inv_freq."""
     k = tl.arange(0, BLOCK_D // 2) - (DIM - ROPE) // 2
     angle = position.to(tl.float32) * tl.load(inv_freq + k, mask=(k >= 0) & (k < ROPE // 2), other=0.0)
-    cos, sin = _cos_sin(angle)
+    cos, sin = cos_sin(angle)
     even, odd = x.reshape(BLOCK_D // 2, 2).split()
     return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(1, BLOCK_D)
-
-
-@triton.jit
-def _cos_sin(angle):
-    """cos and sin of fp32 angles to 2 ulp of 1, for any angle up to 2^30; (1, 0) for zero.
-
-    Triton's own are approximations that are wrong for angles of many turns.
-    """
-    quarters = tl.floor(angle.to(tl.float64) * 0.6366197723675814 + 0.5)  # 2 / pi
-    r = (angle.to(tl.float64) - quarters * 1.5707963267948966).to(tl.float32)
-    # Taylor series: the first terms left out are below 2^-30 for |r| <= pi / 4.
-    s = r * r
-    sin = r + r * s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s * (1 / 362880))))
-    cos = 1 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s * (1 / 3628800)))))
-    turn = quarters.to(tl.int32) & 3
-    even = turn % 2 == 0
-    cos, sin = tl.where(even, cos, sin), tl.where(even, sin, cos)
-    return tl.where((turn == 1) | (turn == 2), -cos, cos), tl.where(turn >= 2, -sin, sin)
