@@ -51,7 +51,10 @@ class DeepseekV4DecoderLayer(nn.Module):
         layer = extract_layer_index(prefix)
         self.kind = config.layer_kinds[layer]
         registry = vllm_config.compilation_config.static_forward_context
-        caches = LayerCaches(config, layer, formats, prefix=f"{prefix}.attn", registry=registry)
+        caches = LayerCaches(
+            config, layer, formats, max_model_len=vllm_config.model_config.max_model_len,
+            prefix=f"{prefix}.attn", registry=registry,
+        )  # fmt: skip
         quant_config = vllm_config.quant_config
         self.attn = DeepseekV4Attention(config, layer, caches, quant_config=quant_config, prefix=f"{prefix}.attn")
         self.ffn = MoE(

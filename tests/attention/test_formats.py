@@ -42,7 +42,7 @@ def test_select(cache_dtype, index_dtype, model_dtype, rows, index):
 
 @pytest.mark.parametrize("cache_dtype", ["fp8_e5m2", "int8", "nvfp4", ""])
 def test_other_cache_dtypes_are_refused(cache_dtype):
-    with pytest.raises(ValueError, match=f"--kv-cache-dtype {cache_dtype}.*use one of auto, .*fp8"):
+    with pytest.raises(ValueError, match=f"--kv-cache-dtype {cache_dtype} .*allowed: auto, .*fp8"):
         CacheFormats.select(FLASH, cache_dtype, "auto", torch.bfloat16)
 
 

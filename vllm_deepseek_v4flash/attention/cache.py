@@ -62,7 +62,8 @@ class PagedCache(AttentionLayerBase):
             raise ValueError(f"a cache named {prefix} is registered already")
         registry[prefix] = self
         self.name, self.layer, self.config, self.formats, self.prefix = name, layer, config, formats, prefix
-        self.format = layer_specs(config, layer, formats)[name][1]
+        self.page = layer_pages(config, layer, formats)[name]
+        self.format = self.page.format
         self.spec: KVCacheSpec | None = None
         # vLLM's own name for the bound memory: it zeroes, resets and puts to sleep through this attribute.
         self.kv_cache = torch.tensor([])
@@ -83,6 +84,11 @@ class PagedCache(AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take vLLM's view [pages, 1, rows, row_size]; its pages are strided, each is contiguous."""
         self.kv_cache = kv_cache
+
+    def blank(self, device: torch.device) -> PagedRows:
+        """One page of zeros and one request on it, for a step without vLLM's memory."""
+        pages = torch.zeros(1, self.page.rows * self.page.row_size, dtype=self.format.dtype, device=device)
+        return PagedRows(pages, self.page.rows, self.format, torch.zeros(1, 1, dtype=torch.int32, device=device))
 
     def rows(self, metadata: DeepseekV4Metadata) -> PagedRows:
         """The cache as the ops address it in this step."""

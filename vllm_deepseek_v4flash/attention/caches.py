@@ -51,24 +51,25 @@ class LayerCaches:
         layer: int,
         formats: CacheFormats,
         *,
+        max_model_len: int,
         prefix: str,
         registry: dict[str, Any],
     ) -> None:
-        self.ratio = config.compress_ratios[layer]
+        self.ratio, self.max_model_len = config.compress_ratios[layer], max_model_len
         self.caches: dict[str, PagedCache] = {
             name: PagedCache(name, layer, config, formats, prefix=f"{prefix}.{name}", registry=registry)
             for name in layer_specs(config, layer, formats)
         }
 
-    def step(self, positions: torch.Tensor) -> LayerStep | None:
-        """The current step's caches; None in vLLM's profiling run, which has no cache yet.
+    def step(self, positions: torch.Tensor) -> LayerStep:
+        """The current step's caches; in vLLM's profiling and warm-up runs, which have none, blank ones.
 
         Args:
             positions: [>= T] int64; tokens beyond the step's T are padding.
         """
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            return None
+            return self._blank_step(positions)
         by_cache = {name: metadata[cache.prefix] for name, cache in self.caches.items()}
         window = by_cache["window"]
         return LayerStep(
@@ -79,6 +80,28 @@ class LayerCaches:
             main=self._compressor("entries", "states", by_cache),
             index=self._compressor("index_entries", "index_states", by_cache),
             max_entries=window.max_seq_len // self.ratio if self.ratio else 0,
+        )
+
+    def _blank_step(self, positions: torch.Tensor) -> LayerStep:
+        """A step that writes nothing and sees next to nothing, but runs every op and takes every workspace.
+
+        So vLLM, which measures the memory of its profiling run, leaves enough of it beside the KV cache.
+        """
+        device = positions.device
+        padding = torch.full_like(positions, -1)
+        rows = {name: cache.blank(device) for name, cache in self.caches.items()}
+
+        def compressor(entries: str, states: str) -> EntryCaches | None:
+            return EntryCaches(rows[entries], rows[states], padding) if entries in rows else None
+
+        return LayerStep(
+            positions=torch.zeros_like(positions),
+            request=torch.zeros_like(positions, dtype=torch.int32),
+            window=rows["window"],
+            window_slots=padding,
+            main=compressor("entries", "states"),
+            index=compressor("index_entries", "index_states"),
+            max_entries=self.max_model_len // self.ratio if self.ratio else 0,
         )
 
     def _compressor(self, entries: str, states: str, metadata: dict[str, DeepseekV4Metadata]) -> EntryCaches | None:

@@ -89,29 +89,17 @@ class DeepseekV4Attention(nn.Module):
         Returns:
             [T, hidden], the dtype of `x`.
         """
+        step = self.caches.step(positions)
+        n, padded = step.positions.shape[0], x.shape[0]
+        o = self._attend(x[:n], cos_sin[:n], inv_freq, step)
+        if n < padded:
+            o = torch.cat((o, o.new_zeros(padded - n, *o.shape[1:])))
+        return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
+
+    def _attend(self, x: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor, step: LayerStep) -> torch.Tensor:
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).view(-1, self.heads, self.dim)
         kv = self.kv_norm(self.wkv(x))
-        step = self.caches.step(positions)
-        n = 0 if step is None else step.positions.shape[0]
-        if step is not None and n == q.shape[0]:
-            o = self._attend(x, qr, q, kv, cos_sin, inv_freq, step)
-        else:
-            o = torch.zeros_like(q)
-            if step is not None:
-                o[:n] = self._attend(x[:n], qr[:n], q[:n], kv[:n], cos_sin[:n], inv_freq, step)
-        return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
-
-    def _attend(
-        self,
-        x: torch.Tensor,
-        qr: torch.Tensor,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        cos_sin: torch.Tensor,
-        inv_freq: torch.Tensor,
-        step: LayerStep,
-    ) -> torch.Tensor:
         q = qnorm_rope_kv_insert(q, kv, cos_sin, step.window, step.window_slots, eps=self.eps)
         entries = indices = None
         if self.compressor is not None:

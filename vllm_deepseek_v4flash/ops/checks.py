@@ -24,7 +24,7 @@ def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
 
 
 def check_cos_sin(cos_sin: torch.Tensor, num_tokens: int, dim: int) -> None:
-    """Raise ValueError unless `cos_sin` is fp32 [num_tokens, R] that rotates R of `dim` dimensions: even, 2 to `dim`."""
+    """Raise ValueError unless `cos_sin` is fp32 [num_tokens, R] and rotates an even number R of `dim` dimensions."""
     check_shape("cos_sin", cos_sin, (num_tokens, None))
     check_dtype("cos_sin", cos_sin, torch.float32)
     if cos_sin.shape[1] not in range(2, dim + 1, 2):
