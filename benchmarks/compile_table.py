@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time for every supported GPU and checks what each needs; no GPU is used.
+"""Compiles every kernel, Triton's and CUDA's, ahead of time for every supported GPU; no GPU is used.
 
     python -m benchmarks.compile_table [--arch 80 90] [--kernel sparse_attention ...] [--common] [--output TABLE.md]
 
@@ -32,6 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 import vllm_deepseek_v4flash.ops as ops
 from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
 
+from . import cuda_usage
 from .flash_cases import CASES, Case
 
 
@@ -175,6 +176,23 @@ def triton_rows(cases: Sequence[Case], archs: Sequence[int]) -> list[Row]:
     return rows
 
 
+def cuda_rows(archs: Sequence[int]) -> list[Row]:
+    """The kernels of csrc/, where there is an nvcc; none, and a line that says so, where there is not."""
+    if cuda_usage.nvcc() is None:
+        print("csrc/ is not in the table: there is no nvcc", file=sys.stderr)
+        return []
+    rows = []
+    for arch, compiled in cuda_usage.compile_all(list(archs)).items():
+        if isinstance(compiled, str):
+            rows.append(Row("csrc", "", arch, None, (compiled,)))
+            continue
+        for kernel in compiled:
+            usage = Usage(kernel.registers, kernel.shared, kernel.spilled)
+            name = f"csrc/{kernel.source}: {kernel.function}"
+            rows.append(Row(name, f"weight {kernel.codec}", arch, usage, tuple(violations(usage, arch))))
+    return rows
+
+
 def violations(usage: Usage, arch: int) -> list[str]:
     allowed = ARCHS[arch].shared_kb * 1024
     broken = []
@@ -271,7 +289,8 @@ shared memory than there is, or spills a register.
 |---|---|---|---|
 {limits}
 
-A kernel is named after its file in `ops/triton/`, and its function where that has another name. A configuration names
+A kernel is named after its file in `ops/triton/`, and its function where that has another name; those of `csrc/` are
+compiled by nvcc. A configuration names
 the axes that matter to it (op: the one that launches it; tp: ranks); where none does, it says "all".
 
 {as_table(rows, archs)}
@@ -295,6 +314,7 @@ def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 makes Triton interpret kernels instead of compiling them: unset it")
+    own = cases is None
     missing = without_cases(CASES) if cases is None else []
     cases = CASES if cases is None else cases
     if options.kernel:
@@ -303,6 +323,8 @@ def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
             parser.error(f"no cases for {', '.join(unknown)}; there are: {', '.join(sorted({c.op for c in cases}))}")
         cases, missing = [case for case in cases if case.op in options.kernel], []
     rows = triton_rows([case for case in cases if case.common or not options.common], options.arch)
+    if own and not options.kernel:
+        rows += cuda_rows(options.arch)
     print(as_table(rows, options.arch))
     if options.output is not None:
         options.output.write_text(document(rows, options.arch, options.common))

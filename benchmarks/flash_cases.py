@@ -18,6 +18,7 @@ import torch
 
 from vllm_deepseek_v4flash.attention.page_sizes import PageSize, entry_page, state_format, state_page, window_page
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
+from vllm_deepseek_v4flash.quantization.scheme import Scheme, canonical_shapes, shard_scheme
 
 HIDDEN, HEADS, DIM, ROPE, Q_RANK, O_GROUPS, O_RANK = 4096, 64, 512, 64, 1024, 8, 1024
 INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 512
@@ -31,6 +32,15 @@ TOKENS = (*DECODE, PREFILL)
 CONTEXTS = (1 << 11, 1 << 13, 1 << 17, CONTEXT)  # of the longest request of the step
 RANKS = (1, 2, 4, 8)
 CACHES = ("fp8", "plain")  # plain: the model's dtype
+WEIGHTS = {
+    "int4": Scheme("int4", 128, scale_dtype=torch.bfloat16),
+    "fp4": Scheme("fp4", 32),
+    "int4 zeros": Scheme("int4", 128, zero_points=True, scale_dtype=torch.float16),
+    "int4 g64": Scheme("int4", 64, scale_dtype=torch.float16),
+    "int4 g32": Scheme("int4", 32, zero_points=True, scale_dtype=torch.bfloat16),
+    "int4 act-order": Scheme("int4", 128, act_order=True, scale_dtype=torch.float16),
+    "fp8": Scheme("fp8", 128, scale_dtype=torch.float32),
+}
 
 Twin = Callable[..., Any]
 
@@ -79,11 +89,16 @@ def _module(op: str) -> str:
 
 
 def _served(axes: dict[str, Any]) -> bool:
-    """Only index keys have 4 bits, fp32 models keep plain rows; other dtypes than bf16 are compiled for few shapes."""
+    """Only index keys have 4 bits, fp32 models keep plain rows; other dtypes than bf16 are compiled for few shapes.
+
+    So are other weights than int4 in groups of 128 and fp4.
+    """
     dtype, rows = axes.get("dtype", "bf16"), axes.get("rows", "plain")
     if rows == "fp4" and axes.get("cache", "keys") != "keys":
         return False
     few = axes.get("tp", 1) == 1 and axes.get("tokens", 8) in (8, PREFILL) and axes.get("context", CONTEXT) == CONTEXT
+    if axes.get("weight", "int4") not in ("int4", "fp4"):
+        return few and dtype == "bf16"
     return dtype == "bf16" or (few and (dtype == "fp16" or rows == "plain"))
 
 
@@ -226,3 +241,48 @@ def swiglu(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
 @cases(tokens=TOKENS)
 def rope_table(twin: Twin, tokens: int) -> None:
     twin(numbers(tokens), meta(ROPE // 2))
+
+
+def packed(weight: str, n: int, k: int, *stack: int, full: tuple[int, int]) -> tuple[dict[str, torch.Tensor], Scheme]:
+    """A stack of weights [n, k], a rank's part of `full`, and how they are to be read."""
+    scheme = WEIGHTS[weight]
+    # What is in activation order cannot be cut, and is held whole where experts are parallel.
+    scheme = scheme if scheme.act_order else shard_scheme(scheme, (n, k), full)
+    shapes = canonical_shapes(scheme, n, k)
+    return {name: meta(*stack, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}, scheme
+
+
+def chosen(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's weights and experts."""
+    return meta(tokens, CHOSEN), meta(tokens, CHOSEN, dtype=torch.int64)
+
+
+@cases(dtype=DTYPES, weight=WEIGHTS, tokens=TOKENS, tp=RANKS)
+def packed_experts(twin: Twin, dtype: str, weight: str, tokens: int, tp: int) -> None:
+    w13, scheme13 = packed(weight, INNER // tp, HIDDEN, EXPERTS, 2, full=(INNER, HIDDEN))
+    w2, scheme2 = packed(weight, HIDDEN, INNER // tp, EXPERTS, full=(HIDDEN, INNER))
+    twin(meta(tokens, HIDDEN, dtype=dtype), w13, w2, scheme13, scheme2, *chosen(tokens), swiglu_limit=10.0)
+
+
+@cases(dtype=DTYPES, tokens=TOKENS, tp=RANKS)
+def fused_experts(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
+    inner = INNER // tp
+    w13, w2 = meta(EXPERTS, 2 * inner, HIDDEN, dtype=dtype), meta(EXPERTS, HIDDEN, inner, dtype=dtype)
+    twin(meta(tokens, HIDDEN, dtype=dtype), w13, w2, *chosen(tokens), swiglu_limit=10.0)
+
+
+LINEARS = ("wq_a", "wq_b", "wo_a", "wo_b", "shared w1")
+
+
+@cases(dtype=DTYPES, weight=("int4", "int4 act-order", "fp8"), layer=LINEARS, tokens=TOKENS, tp=(1, 8))
+def packed_linear(twin: Twin, dtype: str, weight: str, layer: str, tokens: int, tp: int) -> None:
+    wide = HEADS // O_GROUPS * DIM
+    n, k, full, groups = {
+        "wq_a": (Q_RANK, HIDDEN, (Q_RANK, HIDDEN), 0),
+        "wq_b": (HEADS // tp * DIM, Q_RANK, (HEADS * DIM, Q_RANK), 0),
+        "wo_a": (O_GROUPS // tp * O_RANK, wide, (O_GROUPS * O_RANK, wide), O_GROUPS // tp),
+        "wo_b": (HIDDEN, O_GROUPS // tp * O_RANK, (HIDDEN, O_GROUPS * O_RANK), 0),
+        "shared w1": (INNER // tp, HIDDEN, (INNER, HIDDEN), 0),
+    }[layer]
+    x = meta(tokens, groups, k, dtype=dtype) if groups else meta(tokens, k, dtype=dtype)
+    twin(x, *packed(weight, n, k, full=full))

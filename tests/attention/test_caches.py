@@ -27,14 +27,14 @@ def profiling_step(monkeypatch, kind, index):
     )
     monkeypatch.setattr(caches, "get_forward_context", lambda: SimpleNamespace(attn_metadata=None))
     # vLLM's own positions may be left over from anything.
-    return layer.step(torch.full((TOKENS,), 10**6))
+    return layer.step(torch.full((TOKENS,), 10**6)), list(layer.warm_up(torch.full((TOKENS,), 10**6)))
 
 
 @pytest.mark.parametrize("index", ["fp8", "fp4"])
 @pytest.mark.parametrize("kind", LayerKind)
 def test_every_op_runs_in_the_profiling_run(monkeypatch, kind, index):
     """With the shapes of the longest context, so that every workspace is taken, and without an effect."""
-    step = profiling_step(monkeypatch, kind, index)
+    step, smaller = profiling_step(monkeypatch, kind, index)
     q, kv = torch.randn(TOKENS, 4, 512).bfloat16(), torch.randn(TOKENS, 512).bfloat16()
     cos_sin, inv_freq = torch.ones(TOKENS, 64), torch.ones(32)
     q = qnorm_rope_kv_insert(q, kv, cos_sin, step.window, step.window_slots, eps=1e-6)
@@ -62,5 +62,7 @@ def test_every_op_runs_in_the_profiling_run(monkeypatch, kind, index):
         cos_sin=cos_sin,
     )  # fmt: skip
     assert not out.any()
+    assert [(s.positions.shape[0], s.window.block_table.shape[0]) for s in smaller] == [(n, n) for n in (1, 2, 4, 8)]
+    assert {s.max_entries for s in smaller} == {step.max_entries}
     assert [rows for rows in written if rows.pages.any()] == []
     assert {None: 1, 4: 5, 128: 3}[ratio or None] == len(written)

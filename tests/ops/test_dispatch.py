@@ -10,6 +10,7 @@ import torch
 
 import vllm_deepseek_v4flash.ops as ops
 from vllm_deepseek_v4flash.ops import dispatch
+from vllm_deepseek_v4flash.ops.cuda import library
 
 CPU = torch.device("cpu")
 PACKAGE = Path(ops.__file__).parent
@@ -101,6 +102,40 @@ def test_numba_can_be_chosen_for_a_cpu_only(monkeypatch):
         dispatch.backends("cpu")
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_the_kernels_of_csrc_are_taken_where_they_are(monkeypatch, built):
+    monkeypatch.setattr(dispatch, "built", lambda: built)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", ("cuda", "triton") if built else ("triton",))
+    dispatch._resolve.cache_clear()
+    line = dispatch.describe(torch.device("cuda"))
+    assert ("cuda (packed_experts)" in line) == built
+    assert line.endswith("csrc/ was not compiled for want of nvcc") != built
+    choose(monkeypatch, "cuda")
+    if built:
+        assert dispatch.backends("cuda") == ("cuda", "triton", "reference")
+    else:
+        with pytest.raises(ValueError, match="this is cuda without them"):
+            dispatch.backends("cuda")
+    with pytest.raises(ValueError, match=r"OPS=cuda needs a GPU and the kernels of csrc/.*; this is cpu"):
+        dispatch.backends("cpu")
+    dispatch._resolve.cache_clear()
+
+
+def test_an_installation_with_nvcc_has_the_kernels_of_csrc():
+    """They load on a machine without a GPU, whatever its PyTorch."""
+    if not library.built():
+        pytest.skip("installed without nvcc")
+    assert library.library().deepseek_v4flash_abi() == library.ABI
+
+
+def test_kernels_of_other_sources_are_refused(monkeypatch):
+    if not library.built():
+        pytest.skip("installed without nvcc")
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    with pytest.raises(RuntimeError, match=r"compiled from other sources .*install the package again"):
+        library.load(library.LIBRARY)
+
+
 def test_reference_can_be_chosen_for_a_gpu(monkeypatch):
     choose(monkeypatch, "reference")
     assert dispatch.backends("cuda") == ("reference",)
@@ -116,7 +151,7 @@ def test_triton_can_be_chosen_for_a_cpu_with_its_interpreter(monkeypatch):
 
 def test_an_unknown_choice_is_named(monkeypatch):
     choose(monkeypatch, "cutlass")
-    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, numba, triton"):
+    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, numba, triton, cuda"):
         dispatch.backends("cuda")
 
 

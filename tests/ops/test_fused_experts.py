@@ -8,42 +8,9 @@ import torch
 
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
 
-from .numeric import FUNCTION, U32, U, assert_within, f64, normal
-
-
-def oracle(x, w13, w2, weights, ids, limit, first=0):
-    """The sum [T, H] in fp64, and a bound on what roundings to the dtype of `x` and fp32 sums may move it."""
-    x, w13, w2, weights = (f64(v) for v in (x, w13, w2, weights))
-    out, size = torch.zeros_like(x), torch.zeros_like(x)
-    inner = w2.shape[2]
-    for t in range(x.shape[0]):
-        for weight, expert in zip(weights[t].tolist(), ids[t].tolist(), strict=True):
-            e = expert - first
-            if not 0 <= e < w13.shape[0]:
-                continue
-            a, b = w13[e, :inner] @ x[t], w13[e, inner:] @ x[t]
-            # What an error of the two projections may do: silu changes by at most 1.1 times its argument's error.
-            da, db = (w.abs() @ x[t].abs() for w in (w13[e, :inner], w13[e, inner:]))
-            hidden = torch.zeros(inner, dtype=torch.float64)
-            spread = torch.zeros(inner, dtype=torch.float64)
-            for i in range(inner):
-                g, u = a[i].item(), b[i].item()
-                if limit is not None:
-                    g, u = min(g, limit), max(-limit, min(u, limit))
-                silu = g / (1 + math.exp(-g))
-                hidden[i] = silu * u * weight
-                spread[i] = abs(weight) * (1.1 * da[i] * abs(u) + db[i] * abs(silu) + abs(silu * u))
-            out[t] += w2[e] @ hidden
-            size[t] += w2[e].abs() @ spread
-    return out, size
-
-
-def check(actual, expected, x):
-    out, size = expected
-    # Three roundings to the dtype of x (projections, activation, w2's result) and fp32 sums over H and I.
-    steps = 3 * U[x.dtype] + (2 * x.shape[1] + 128) * U32 + 2 * FUNCTION
-    assert actual.dtype == torch.float32
-    assert_within(actual, out, steps * size)
+from .numeric import normal
+from .weights import check_experts as check
+from .weights import experts_in_fp64 as oracle
 
 
 def problem(rng, device, *, tokens=9, hidden=40, inner=24, experts=6, topk=3, dtype=torch.float32):

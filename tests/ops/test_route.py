@@ -75,6 +75,13 @@ def test_hash_layers_take_the_table_and_weigh_by_score(device, rng, dtype):
     check(actual, oracle(logits, 2, None, table, 2.5), 2, logits)
 
 
+def test_scores_near_the_smallest_numbers_of_fp32(device):
+    """exp(-90) is subnormal, which a GPU takes for zero; its root is not."""
+    logits = torch.tensor([[-90.0, -89.0, -88.0, -1e3]], device=device)
+    actual = route(logits, 2, bias=None, expert_ids=None, scaling=1.5)
+    check(actual, oracle(logits, 2, None, None, 1.5), 2, logits[:, :3])
+
+
 def test_weights_sum_to_the_scaling_unless_told_otherwise(device, rng):
     logits = normal(rng, 6, 16, device=device)
     weights, _ = route(logits, 4, bias=None, expert_ids=None, scaling=1.5)

@@ -10,6 +10,7 @@ import torch
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.rows import RowFormat, read_rows, write_rows
 from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention
+from vllm_deepseek_v4flash.ops.triton.launch import Device
 
 from .numeric import FUNCTION, TINY, U32, U, assert_exact, assert_within, f64, normal
 from .paging import make_cache
@@ -401,6 +402,16 @@ def test_dimensions_of_flash(device, rng, rows, kind, asked):
             for cache, n in zip(caches, chosen, strict=True)
         ]
         assert_within(actual[t], *attend(f64(q[t]), f64(torch.cat(keys)), f64(sinks), rounded, dim**-0.5))
+
+
+def test_e4m3_instructions_read_what_bit_arithmetic_reads(implementation, device, rng, monkeypatch):
+    if implementation != "interpreted":
+        pytest.skip("a GPU has one of the two, PyTorch and Numba neither")
+    problem = Problem(rng, device, fmt=FORMATS["fp8"], lengths=[41], asked=[(0, 40)], ratio=4, dtype=torch.bfloat16)
+    expected = problem.check(7)
+    kernels = importlib.import_module("vllm_deepseek_v4flash.ops.triton.sparse_attention")
+    monkeypatch.setattr(kernels, "device_of", lambda tensor: Device(multiprocessors=4, native_fp8=True))
+    assert_exact(problem.run(7), expected)
 
 
 def test_fp8_rows_that_are_no_words(implementation, device, rng):

@@ -7,11 +7,15 @@ import torch
 
 import vllm_deepseek_v4flash.ops.triton.topk as kernel
 
+from .conftest import need_interpreter
+
 INF = math.inf
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
+    if request.param == "cpu":
+        need_interpreter()
     return torch.device(request.param)
 
 

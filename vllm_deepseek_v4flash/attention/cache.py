@@ -85,10 +85,10 @@ class PagedCache(AttentionLayerBase):
         """Take vLLM's view [pages, 1, rows, row_size]; its pages are strided, each is contiguous."""
         self.kv_cache = kv_cache
 
-    def blank(self, device: torch.device) -> PagedRows:
-        """One page of zeros and one request on it, for a step without vLLM's memory."""
+    def blank(self, requests: int, device: torch.device) -> PagedRows:
+        """One page of zeros and the requests on it, for a step without vLLM's memory."""
         pages = torch.zeros(1, self.page.rows * self.page.row_size, dtype=self.format.dtype, device=device)
-        return PagedRows(pages, self.page.rows, self.format, torch.zeros(1, 1, dtype=torch.int32, device=device))
+        return PagedRows(pages, self.page.rows, self.format, torch.zeros(requests, 1, dtype=torch.int32, device=device))
 
     def rows(self, metadata: DeepseekV4Metadata) -> PagedRows:
         """The cache as the ops address it in this step."""

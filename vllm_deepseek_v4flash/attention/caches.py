@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from ..ops.rows import PagedRows
 from .cache import PagedCache, layer_specs
 from .formats import CacheFormats
 from .metadata import DeepseekV4Metadata
+
+# Kernels are specialised by powers of two of what a step's tokens are divided into.
+_DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class LayerCaches:
         """
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            return self._blank_step(positions)
+            return self._blank_step(positions, requests=1)
         by_cache = {name: metadata[cache.prefix] for name, cache in self.caches.items()}
         window = by_cache["window"]
         return LayerStep(
@@ -82,14 +86,24 @@ class LayerCaches:
             max_entries=window.max_seq_len // self.ratio if self.ratio else 0,
         )
 
-    def _blank_step(self, positions: torch.Tensor) -> LayerStep:
+    def warm_up(self, positions: torch.Tensor) -> Iterator[LayerStep]:
+        """In vLLM's profiling run: decoding steps of several sizes, on blank caches; otherwise none.
+
+        Kernels that Triton has not compiled by then, it compiles in somebody's request.
+        """
+        if get_forward_context().attn_metadata is None:
+            for tokens in _DECODE_SIZES:
+                if tokens < positions.shape[0]:
+                    yield self._blank_step(positions[:tokens], requests=tokens)
+
+    def _blank_step(self, positions: torch.Tensor, requests: int) -> LayerStep:
         """A step that writes nothing and sees next to nothing, but runs every op and takes every workspace.
 
         So vLLM, which measures the memory of its profiling run, leaves enough of it beside the KV cache.
         """
         device = positions.device
         padding = torch.full_like(positions, -1)
-        rows = {name: cache.blank(device) for name, cache in self.caches.items()}
+        rows = {name: cache.blank(requests, device) for name, cache in self.caches.items()}
 
         def compressor(entries: str, states: str) -> EntryCaches | None:
             return EntryCaches(rows[entries], rows[states], padding) if entries in rows else None

@@ -2,9 +2,10 @@
 
 An op asks for the implementation of its own name on a device; the backends of that device are tried in order and the
 first that has a file of that name wins, `reference` being the last of every list. `VLLM_DEEPSEEK_V4FLASH_OPS` chooses
-otherwise: `reference` for PyTorch everywhere, `numba` for the CPU's kernels, which it refuses to go without, `triton`
-for the kernels on a CPU too, where Triton's interpreter must run them (`TRITON_INTERPRET=1`). `prepare` imports what
-will run, which compiles the CPU's kernels, and `describe` says it in one line, for the log of every worker.
+otherwise: `reference` for PyTorch everywhere; `numba` for the CPU's kernels and `cuda` for those of `csrc/`, each of
+which it refuses to go without; `triton` for Triton's kernels alone, on a CPU too, where its interpreter must run them
+(`TRITON_INTERPRET=1`). `prepare` imports what will run, which compiles the CPU's kernels, and `describe` says it in one
+line, for the log of every worker.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 import torch
 
+from .cuda.library import built
+
 OPS_ENV = "VLLM_DEEPSEEK_V4FLASH_OPS"
-CHOICES = ("auto", "reference", "numba", "triton")
+CHOICES = ("auto", "reference", "numba", "triton", "cuda")
 
 # Packages below `ops/`, fastest first. A device that is not listed runs the reference.
-BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton") if built() else ("triton",)}
 if importlib.util.find_spec("numba") is not None:
     BACKENDS["cpu"] = ("numba",)
 
@@ -33,15 +36,25 @@ def implementation(op: str, device: torch.device) -> Callable[..., Any]:
     return _resolve(op, device.type)
 
 
+def chosen() -> str:
+    """What the environment asks for, one of CHOICES.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    choice = os.environ.get(OPS_ENV, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{OPS_ENV}={choice!r} is not known; allowed: {', '.join(CHOICES)}")
+    return choice
+
+
 def backends(device_type: str) -> tuple[str, ...]:
     """The packages that are searched for a device's ops, in order.
 
     Raises:
         ValueError: the environment asks for something that is not there.
     """
-    choice = os.environ.get(OPS_ENV, "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"{OPS_ENV}={choice!r} is not known; allowed: {', '.join(CHOICES)}")
+    choice = chosen()
     if choice == "auto":
         return (*BACKENDS.get(device_type, ()), "reference")
     if choice == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -54,6 +67,13 @@ def backends(device_type: str) -> tuple[str, ...]:
             f"{OPS_ENV}=numba needs a CPU and the package numba, which vLLM installs; this is {device_type}"
             f"{'' if device_type != 'cpu' else ' without numba'}. Leave {OPS_ENV} unset for what there is."
         )
+    if choice == "cuda":
+        if "cuda" not in BACKENDS.get(device_type, ()):
+            raise ValueError(
+                f"{OPS_ENV}=cuda needs a GPU and the kernels of csrc/, which an installation with nvcc compiles; this "
+                f"is {device_type}{'' if built() else ' without them'}. Leave {OPS_ENV} unset for what there is."
+            )
+        return ("cuda", "triton", "reference")
     return ("reference",) if choice == "reference" else (choice, "reference")
 
 
@@ -72,7 +92,8 @@ def describe(device: torch.device) -> str:
     for op in _ops():
         by_backend.setdefault(_backend_of(op, device.type), []).append(op)
     listed = "; ".join(f"{backend} ({', '.join(names)})" for backend, names in by_backend.items())
-    return f"ops on {device.type}: {listed}"
+    missing = "; csrc/ was not compiled for want of nvcc" if device.type == "cuda" and not built() else ""
+    return f"ops on {device.type}: {listed}{missing}"
 
 
 def _ops() -> list[str]:

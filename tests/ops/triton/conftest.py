@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from ..conftest import need_interpreter
+
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
+    if request.param == "interpreted":
+        need_interpreter()
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 

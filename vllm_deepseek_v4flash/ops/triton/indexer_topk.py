@@ -95,7 +95,8 @@ def _score(
         queries, factors, counts, request, scores, scores.stride(0), *row_args(entries), num_tokens, heads,
         TOPK=topk, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_H=block_h, ROWS=entries.rows_per_page,
         NATIVE=device.native_fp8, **format_constants(entries.format),
-        num_warps=8, maxnreg=128,  # so that two programs share a multiprocessor
+        # So that two programs share a multiprocessor, also where it has 100 KB of shared memory.
+        num_warps=8, maxnreg=128, num_stages=2 if shared or entries.format.codec == "plain" else 3,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def _device(device: torch.device) -> Device:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel` on `grid` programs; nothing where a dimension of the grid is zero."""
+    options.setdefault("enable_fp_fusion", True)  # Triton 3.10 changes its default
     if _recorder is not None:
         _recorder(kernel, grid, args, options)
     elif all(grid):

@@ -84,4 +84,5 @@ def _score(logit):
     # log(1 + small): what `1 + small` rounds away is made good by the quotient.
     above = 1 + small
     log = tl.where(above == 1, small, tl.log(above) * (small / tl.where(above == 1, 1.0, above - 1)))
-    return tl.sqrt(tl.maximum(logit, 0) + log)
+    # Far below zero the root is that of exp(logit), which itself would be flushed to zero from -87 on.
+    return tl.where(logit < -20, tl.exp(0.5 * logit), tl.sqrt(tl.maximum(logit, 0) + log))

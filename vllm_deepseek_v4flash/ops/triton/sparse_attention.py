@@ -11,6 +11,7 @@ beside it, as long as their number leads to the same splits.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -25,6 +26,7 @@ from .sparse_attention_rows import check_words, decode, fetch
 
 _QUERIES = 32  # of one program, at most; fp32 ones, which no matrix unit multiplies, take more registers
 _MOST_SPLITS = 64
+_FIXED = 2  # tiles' worth of time that a part of them takes besides: queries in, sums out and merged; an estimate
 _MERGED = 32  # pairs of a head's values that one program merges
 _LOG2_E = math.log2(math.e)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -61,7 +63,7 @@ def sparse_attention(
     block_t = 1 if alone else queries // block_h
     token_blocks, head_blocks = triton.cdiv(num_tokens, block_t), triton.cdiv(heads, block_h)
     tiles = triton.cdiv(window_size, block_k) + 1 + triton.cdiv(num_entries, block_k)
-    splits = max(1, min(device.multiprocessors // max(1, token_blocks * head_blocks), tiles // 2, _MOST_SPLITS))
+    splits = _splits(token_blocks * head_blocks, tiles, device.multiprocessors)
     parts = stats = out
     if splits > 1:
         parts = torch.empty((num_tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
@@ -73,7 +75,8 @@ def sparse_attention(
     cos_sin = q if cos_sin is None else cos_sin.contiguous()
     listed = q if indices is None else indices
     launch(
-        _attend, (token_blocks, head_blocks, block_t * splits),
+        # Programs that share keys start next to each other, so that one finds in the L2 what the other has read.
+        _attend, (token_blocks * head_blocks, block_t * splits),
         q, q.stride(0), q.stride(1), sinks, positions, request, cos_sin, out, parts, stats,
         *row_args(window), *row_args(entries), listed, listed.stride(0),
         num_tokens, heads, window_size, num_entries, splits, scale * _LOG2_E,
@@ -92,6 +95,16 @@ def sparse_attention(
     return out
 
 
+@functools.cache
+def _splits(programs: int, tiles: int, multiprocessors: int) -> int:
+    """Into how many parts each program's tiles of keys are divided, so that the last round has little idle.
+
+    A part costs its share of the tiles and as much as `_FIXED` of them besides.
+    """
+    most = max(1, min(tiles // 2, _MOST_SPLITS))
+    return min(range(1, most + 1), key=lambda s: triton.cdiv(programs * s, multiprocessors) * (tiles / s + _FIXED))
+
+
 @triton.jit(do_not_specialize=["num_tokens", "heads", "window_size", "num_entries", "splits"])
 def _attend(
     q, q_stride, head_stride, sinks, positions, request, cos_sin, out, parts, stats,
@@ -104,12 +117,13 @@ def _attend(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
-    t0, split = tl.program_id(0) * BLOCK_T, tl.program_id(2) // BLOCK_T
-    start, first, final, owner = _run(positions, request, t0, num_tokens, tl.program_id(2) % BLOCK_T, BLOCK_T)
+    head_blocks = tl.cdiv(heads, BLOCK_H)
+    t0, split = tl.program_id(0) // head_blocks * BLOCK_T, tl.program_id(1) // BLOCK_T
+    start, first, final, owner = _run(positions, request, t0, num_tokens, tl.program_id(1) % BLOCK_T, BLOCK_T)
     if owner < 0:
         return
     r = tl.arange(0, ROWS)
-    h0 = tl.program_id(1) * BLOCK_H
+    h0 = tl.program_id(0) % head_blocks * BLOCK_H
     t, h = t0 + r // BLOCK_H, h0 + r % BLOCK_H
     position = first + t - start
     live = (position >= first) & (position <= final) & (h < heads)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ... import logger_name
+from ...quantization.scheme import Scheme
+from ..dispatch import OPS_ENV, chosen
+from ..triton.packed_experts import packed_experts as triton_packed_experts
+from .library import Routing, Weights, library
+
+MOST_TOKENS = 32
+"""With more, experts have enough rows for Triton's kernels, which are made for them."""
+
+logger = logging.getLogger(logger_name(__name__))
+
+_CODECS = {"int4": 0, "fp4": 1}
+_SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_COLUMNS = 32  # that one step of the kernels takes; its 16 bytes must lie on a boundary
+_TILE = 32  # rows of one block
+
+
+def packed_experts(
+    x: torch.Tensor,
+    w13: Mapping[str, torch.Tensor],
+    w2: Mapping[str, torch.Tensor],
+    scheme13: Scheme,
+    scheme2: Scheme,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    swiglu_limit: float | None,
+    first_expert: int = 0,
+) -> torch.Tensor:
+    """Few tokens in bf16 are computed here, all others by the Triton twin.
+
+    Raises:
+        ValueError: these kernels were asked for by name, and cannot compute this layer.
+    """
+    reason = unsuitable(x.dtype, scheme13, scheme2, x.shape[1], w2)
+    if reason is not None:
+        _tell(reason, chosen())
+    if reason is not None or not 0 < x.shape[0] <= MOST_TOKENS:
+        return triton_packed_experts(
+            x, w13, w2, scheme13, scheme2, topk_weights, topk_ids, swiglu_limit=swiglu_limit, first_expert=first_expert
+        )
+    (tokens, topk), hidden = topk_ids.shape, x.shape[1]
+    x, ids, weights = x.contiguous(), topk_ids.to(torch.int64).contiguous(), topk_weights.contiguous()
+    activation = torch.empty(tokens * topk, 2 * w2["qweight"].shape[-1], dtype=x.dtype, device=x.device)
+    products = torch.empty(tokens * topk, hidden, dtype=torch.float32, device=x.device)
+    out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
+    arrived = _counters(x.device, -(-hidden // _TILE))
+    routing = Routing(ids.data_ptr(), weights.data_ptr(), tokens, topk, first_expert, w2["qweight"].shape[0])
+    status = library().deepseek_v4flash_experts(
+        _CODECS[scheme13.kind], _weights(w13, scheme13), _weights(w2, scheme2), ctypes.byref(routing),
+        x.data_ptr(), activation.data_ptr(), products.data_ptr(), arrived.data_ptr(), out.data_ptr(),
+        math.inf if swiglu_limit is None else swiglu_limit, _stream(x.device),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError(f"the experts' CUDA kernels did not start: cudaError {status}")
+    return out
+
+
+def unsuitable(
+    dtype: torch.dtype, scheme13: Scheme, scheme2: Scheme, hidden: int, w2: Mapping[str, torch.Tensor]
+) -> str | None:
+    """Why these kernels cannot compute a layer, whatever its tokens; None where they can."""
+    if dtype != torch.bfloat16:
+        return f"activations in {dtype}, not bfloat16"
+    if scheme13.kind != scheme2.kind or scheme13.kind not in _CODECS:
+        return f"weights in {scheme13.kind} and {scheme2.kind}, not both in int4 or fp4"
+    if scheme13.act_order or scheme2.act_order:
+        return "weights in activation order"
+    for columns, scheme in ((hidden, scheme13), (2 * w2["qweight"].shape[-1], scheme2)):
+        whole = scheme.group_size % 256 == 0 or scheme.group_size in (32, 64, 128) or scheme.group_size == columns
+        if columns % _COLUMNS or not whole:
+            return f"{columns} columns in groups of {scheme.group_size}, not in whole steps of {_COLUMNS}"
+    return None
+
+
+@functools.cache
+def _tell(reason: str, choice: str) -> None:
+    if choice == "cuda":
+        raise ValueError(
+            f"{OPS_ENV}=cuda: csrc/'s experts cannot compute {reason}. Leave {OPS_ENV} unset for Triton's kernels."
+        )
+    logger.info("Experts run in Triton's kernels only; csrc/'s cannot compute %s.", reason)
+
+
+def _weights(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> ctypes._Pointer[Weights]:
+    codes, scales, zeros = tensors["qweight"], tensors["scales"], tensors.get("zeros")
+    # Of w13, [E, 2, I, ...], the kernels see one stack of 2 I rows.
+    rows = math.prod(codes.shape[1:-1])
+    return ctypes.pointer(
+        Weights(
+            codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
+            _SCALE_TYPES[scales.dtype], scheme.group_size, rows, 2 * codes.shape[-1],
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def _counters(device: torch.device, count: int) -> torch.Tensor:
+    """Zero before and after every launch, so one allocation serves all layers; steps on one device do not overlap."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _stream(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None

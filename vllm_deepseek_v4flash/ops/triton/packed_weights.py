@@ -1,0 +1,275 @@
+"""Products of activations with a stored weight, whose tiles are decoded on the way (`quantization/scheme.py`).
+
+A tile of a 4-bit weight is read in words of 2, 4 or 8 columns. The first columns of all words make a tile, and so do
+the second ones, and each such tile meets the same columns of the activations: every code is decoded where it lies, with
+a shift and a mask of its word.
+
+A tile of the weight is the left operand of its product. Its rows then lie on the long side of the matrix instructions
+and the tokens, of which there are few, on the short one; and from the registers that decoded it, it goes into the
+matrix units of an SM90 without a detour through shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...quantization.scheme import FP8_BLOCK, Scheme
+from .codecs import decode_e4m3
+
+_SMALLEST_K = 32  # columns of a tile: what one instruction multiplies of the even and of the odd ones
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Equal matrices [N, K] that lie one after the other in memory, and how to read them."""
+
+    data: torch.Tensor
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    format: str
+    """`int4`, `fp4`, `fp8` or `plain`."""
+    rows: int
+    columns: int
+    group: int
+    """Columns that share a scale."""
+
+    @staticmethod
+    def of(weight: Mapping[str, torch.Tensor], scheme: Scheme) -> StoredWeight:
+        """Canonical tensors, stacked or not.
+
+        Raises:
+            ValueError: a tensor is not contiguous, or no tile holds whole groups.
+        """
+        for name, tensor in weight.items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: copy it once, at load")
+        data = weight["weight" if scheme.kind == "plain" else "qweight"]
+        rows, columns = data.shape[-2], data.shape[-1] * (2 if scheme.kind in ("int4", "fp4") else 1)
+        group = columns if scheme.kind == "plain" else scheme.group_size
+        if group not in (columns, 2, 4, 8, 16) and group % _SMALLEST_K:
+            raise ValueError(
+                f"Triton kernels need groups of a multiple of {_SMALLEST_K} columns or of 2, 4, 8 or 16, got {group}: "
+                f"set VLLM_DEEPSEEK_V4FLASH_OPS=reference"
+            )
+        if scheme.kind == "fp8":
+            data = data.view(torch.uint8)
+        return StoredWeight(
+            data, weight.get("scales"), weight.get("zeros") if scheme.zero_points else None,
+            weight["perm"] if scheme.act_order else None, scheme.kind, rows, columns, group,
+        )  # fmt: skip
+
+    def fitted(self, block_k: int, word: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A kernel's `data, scales, zeros, perm` and its compile-time parameters.
+
+        BLOCK_K is up to `block_k`, a power of two from 32 up, and cuts no group; 4-bit data come in words of up to
+        `word` bytes, 1, 2 or 4.
+        """
+        whole = self.group == self.columns
+        size = min(block_k, FP8_BLOCK) if self.format == "fp8" else block_k
+        while size > _SMALLEST_K and (
+            size // 2 >= self.columns
+            or (self.format != "fp8" and not whole and self.group % size and size % self.group)
+        ):
+            size //= 2
+        data = self.data
+        if self.format in ("int4", "fp4"):
+            while word > 1 and (size // (2 * word) < 16 or self.columns % (2 * word) or self.group < 2 * word):
+                word //= 2
+            data = data.view(_WORDS[word])
+        constants = {
+            "FORMAT": self.format, "ROWS": self.rows, "COLUMNS": self.columns, "GROUP": self.group, "BLOCK_K": size,
+        }  # fmt: skip
+        return (data, self.scales, self.zeros, self.perm), constants
+
+
+def tile_for(dtype: torch.dtype, tokens: float) -> tuple[int, int, dict[str, Any]]:
+    """BLOCK_K and bytes of a word for `StoredWeight.fitted`, and a kernel's other parameters, where so many tokens meet
+    a weight."""
+    if dtype is torch.float32:  # which no matrix unit multiplies
+        return 32, 1, {"BLOCK_R": 64, "BLOCK_T": 16, "STAGES": 2, "num_warps": 4}
+    if tokens <= 16:
+        return 256, 4, {"BLOCK_R": 64, "BLOCK_T": 16, "STAGES": 4, "num_warps": 4}
+    if tokens <= 48:
+        return 128, 4, {"BLOCK_R": 128, "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
+    # Few columns at a time, or the registers do not suffice.
+    return 32, 1, {"BLOCK_R": 128, "BLOCK_T": 64 if tokens <= 96 else 128, "STAGES": 4, "num_warps": 8}
+
+
+def pairable(x: torch.Tensor) -> torch.Tensor:
+    """`x` or a copy of it, contiguous and such that two 16-bit values make an aligned word."""
+    x = x.contiguous()
+    return x.clone() if x.storage_offset() % 2 else x
+
+
+@triton.jit
+def product(
+    x, x_row, x_valid, matrix, row, row_valid, first, last, data, scales, zeros, perm, acc,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`acc` [R, T] plus rows of a weight times rows of x.
+
+    The sums are over tiles of columns, from number `first` to before number `last`.
+    `row` [R] int32 counts within a matrix, `matrix` [R] int64 and `x_row` [T] int64 from the start of the stack and of
+    x. Rows that are not valid are not read, and give zeros. `perm` is that of all rows.
+    """
+    stored = matrix * ROWS + row
+    PAIRED: tl.constexpr = FORMAT == "int4" or FORMAT == "fp4"
+    PAIRS: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8  # of a stored element, if it has any
+    PER: tl.constexpr = 2 * PAIRS if PAIRED else 1  # columns of a stored element
+    WIDTH: tl.constexpr = COLUMNS // PER
+    STEP: tl.constexpr = BLOCK_K // PER
+    column = tl.arange(0, STEP)
+    base = data + stored[:, None] * WIDTH + column[None, :]
+    scale_row = stored
+    if FORMAT == "fp8":
+        scale_row = matrix * ((ROWS + 127) // 128) + row // 128
+    scale, offset = load_scales(scales, zeros, scale_row, row_valid, first * BLOCK_K, FORMAT, COLUMNS, GROUP, BLOCK_K)
+    for k in tl.range(first * STEP, last * STEP, STEP, num_stages=STAGES):
+        inside = k + column < WIDTH
+        code = tl.load(base + k, mask=row_valid[:, None] & inside[None, :], other=0)
+        # A tile's scales are too narrow to be copied asynchronously: they are asked for one tile ahead.
+        ahead, offset_ahead = load_scales(
+            scales, zeros, scale_row, row_valid, (k + STEP) * PER, FORMAT, COLUMNS, GROUP, BLOCK_K
+        )
+        some = inside[:, None] & x_valid[None, :]
+        if PAIRED:
+            wide_scale, wide_offset = spread(scale, STEP), spread(offset, STEP)
+            for i in tl.static_range(PAIRS):
+                low, high = decode_pair(code, i, wide_scale, wide_offset, FORMAT, exact_fma(scales), x.dtype.element_ty)
+                pair = (k + column) * PAIRS + i
+                even, odd = load_pair(x, x_row[None, :], pair[:, None], some, perm, COLUMNS)
+                acc = tl.dot(low, even, acc, input_precision="ieee")
+                acc = tl.dot(high, odd, acc, input_precision="ieee")
+        else:
+            weight = decode_one(code, scale, FORMAT, NATIVE, x.dtype.element_ty)
+            at = x + x_row[None, :] * COLUMNS + (k + column)[:, None]
+            acc = tl.dot(weight, tl.load(at, mask=some, other=0.0), acc, input_precision="ieee")
+        scale, offset = ahead, offset_ahead
+    return acc
+
+
+@triton.jit
+def load_scales(
+    scales, zeros, scale_row, row_valid, column,
+    FORMAT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Scale and offset [R, groups] fp32, as `decode_pair` takes them, of the tile that begins at `column`.
+
+    Beyond the last column they are anything finite.
+    """
+    GROUPS: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
+    TILE: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP and GROUP < COLUMNS else 1
+    group = column // GROUP + tl.arange(0, TILE)
+    at = scale_row[:, None] * GROUPS + group[None, :]
+    mask = row_valid[:, None] & (group < GROUPS)[None, :]
+    if FORMAT == "plain":
+        scale = tl.full((1, 1), 1.0, tl.float32)
+    elif FORMAT == "fp4":
+        scale = decode_ue8m0(tl.load(scales + at, mask=mask, other=0))
+    else:
+        scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.full((1, 1), 24.0, tl.float32)
+    if FORMAT == "int4":
+        if zeros is not None:
+            offset = tl.load(zeros + at, mask=mask, other=0).to(tl.float32) + 16.0
+        if exact_fma(scales):
+            offset = -offset * scale
+    return scale, offset
+
+
+@triton.jit
+def exact_fma(scales):
+    """Whether a code and a zero, of 5 and 9 bits beside the 16, times a scale have few enough bits for fp32."""
+    return False if scales is None else scales.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
+def spread(values, WIDTH: tl.constexpr):
+    """[R, groups] to [R, WIDTH], or what broadcasts to it."""
+    if values.shape[1] > 1:
+        EACH: tl.constexpr = WIDTH // values.shape[1]
+        wide = tl.broadcast_to(values[:, :, None], (values.shape[0], values.shape[1], EACH))
+        values = wide.reshape(values.shape[0], WIDTH)
+    return values
+
+
+@triton.jit
+def decode_ue8m0(code):
+    """uint8 codes e to 2^(e - 127) in fp32, 255 to NaN."""
+    bits = code.to(tl.uint32)
+    # 2^-127 is half the smallest normal number; the same bit makes a NaN of the infinity that 255 would give.
+    return (bits << 23 | tl.where((bits == 0) | (bits == 255), 0x400000, 0).to(tl.uint32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_pair(
+    word, BYTE: tl.constexpr, scale, offset,
+    FORMAT: tl.constexpr, FUSED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The even and the odd columns of the bytes number BYTE of a tile of words, rounded to DTYPE once.
+
+    For int4, `offset` is 16 more than the zero, or where FUSED -scale times that.
+    """
+    bits = word.to(tl.uint32)
+    if FORMAT == "fp4":
+        low, high = decode_e2m1_at(bits, 8 * BYTE) * scale, decode_e2m1_at(bits, 8 * BYTE + 4) * scale
+    else:
+        # In the first bits behind a 16 a code needs no conversion.
+        low = (moved(bits, 8 * BYTE, 19) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
+        high = (moved(bits, 8 * BYTE + 4, 19) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
+        if FUSED:
+            low, high = tl.fma(low, scale, offset), tl.fma(high, scale, offset)
+        else:
+            low, high = (low - offset) * scale, (high - offset) * scale
+    return low.to(DTYPE), high.to(DTYPE)
+
+
+@triton.jit
+def decode_e2m1_at(bits, START: tl.constexpr):
+    """The codes that begin at bit START, to fp32; see `codecs.decode_e2m1`."""
+    tiny = (moved(bits, START + 3, 31) & 0x80000000 | moved(bits, START, 22) & 0x1C00000).to(tl.float32, bitcast=True)
+    return tiny * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def moved(bits, FROM: tl.constexpr, TO: tl.constexpr):
+    """uint32 shifted so that bit FROM becomes bit TO."""
+    return bits << (TO - FROM) if TO >= FROM else bits >> (FROM - TO)
+
+
+@triton.jit
+def decode_one(code, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile with an element per column, rounded to DTYPE once."""
+    if FORMAT == "fp8":
+        weight = (decode_e4m3(code, NATIVE) * scale).to(DTYPE)
+    else:
+        weight = code.to(DTYPE)
+    return weight
+
+
+@triton.jit
+def load_pair(x, row, pair, mask, perm, COLUMNS: tl.constexpr):
+    """Columns 2 * pair and 2 * pair + 1 of rows of x, or the columns that `perm` says; zero where masked."""
+    at = x + row * COLUMNS
+    if perm is not None:
+        some = pair < COLUMNS // 2
+        even = tl.load(at + tl.load(perm + 2 * pair, mask=some, other=0), mask=mask, other=0.0)
+        odd = tl.load(at + tl.load(perm + 2 * pair + 1, mask=some, other=0), mask=mask, other=0.0)
+    elif x.dtype.element_ty.primitive_bitwidth == 16:
+        words = x.to(tl.pointer_type(tl.uint32))
+        word = tl.load(words + row * (COLUMNS // 2) + pair, mask=mask, other=0)
+        even = (word & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+        odd = (word >> 16).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+    else:
+        even = tl.load(at + 2 * pair, mask=mask, other=0.0)
+        odd = tl.load(at + 2 * pair + 1, mask=mask, other=0.0)
+    return even, odd
