@@ -118,14 +118,15 @@ class Server:
                 found[title.removeprefix("VLLM::").strip()] = child
         return found
 
-    def metrics(self) -> dict[str, float]:
-        """Every counter and gauge of /metrics by its name, summed over its labels."""
+    def metrics(self, **labels: str) -> dict[str, float]:
+        """Every counter and gauge of /metrics by its name, summed over the labels that are not given."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
             text = response.read().decode()
         totals: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+                if labels.items() <= sample.labels.items():
+                    totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         return totals
 
     def send(self, number: signal.Signals) -> None:

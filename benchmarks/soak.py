@@ -43,11 +43,11 @@ TOY = Path(__file__).resolve().parent.parent / "examples" / "toy"
 CACHED_STEP = 256
 MAX_PROMPT = 2 * CACHED_STEP + 128
 MAX_MODEL_LEN = 1024
-# 1,100 tokens: two of the longest prompts do not fit at once, and decoding requests preempt each other.
-CACHE_BYTES = 34 << 20
+# 1,100 tokens of the toy: two of the longest prompts do not fit at once, and decoding requests preempt each other.
+CACHE_MIB = 34
 OPTIONS = (
     "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(CACHE_BYTES),
+    "--max-num-batched-tokens", "256",
 )  # fmt: skip
 # oneDNN keeps the code of 1024 matmuls, one for each shape and 70 KiB each, by default: the growth of a worker's first
 # hour on a CPU. Kept to few, that ends within the warm-up, and what grows after it is a leak.
@@ -59,6 +59,7 @@ CLEAR = 1e-3
 ABORTED_SHARE, LONG_SHARE, STREAMED_SHARE = 0.2, 0.3, 0.5
 # Of aborted and of long requests: enough to need further blocks while they decode, when there are none.
 LONG_TOKENS = 160
+FAULT_PROMPT = (0, 5, 6)
 # Seconds. A step of this model takes 0.02, so that a request which takes this long hangs.
 REQUEST_TIMEOUT = 300
 FAILURE_TIMEOUT = 30
@@ -308,14 +309,16 @@ class Ending:
         return vars(self) | {"replies": dict(self.replies), "seconds": round(self.seconds, 1)}
 
 
-async def end_under_load(server: Server, number: signal.Signals, victim: str = FRONT_END, clients: int = 8) -> Ending:
+async def end_under_load(
+    server: Server, number: signal.Signals, victim: str = FRONT_END, tokens: int = LONG_TOKENS, clients: int = 8
+) -> Ending:
     """Send a signal to one process of a server with running and waiting requests, and watch all of it end."""
     family = server.processes()
     replies: Counter[str] = Counter()
 
     async def request(client: openai.AsyncOpenAI, stream: bool) -> None:
         try:
-            await ask(client, (0, 5, 6), LONG_TOKENS, stream)
+            await ask(client, FAULT_PROMPT, tokens, stream)
             replies["answered"] += 1
         except openai.APIError as error:
             replies[type(error).__name__] += 1
@@ -338,7 +341,8 @@ async def end_under_load(server: Server, number: signal.Signals, victim: str = F
 
 async def kill_under_load(server: Server, victim: str) -> Ending:
     """kill -9 of one process: every request fails within FAILURE_TIMEOUT, and the server says so and ends."""
-    ending = await end_under_load(server, signal.SIGKILL, victim)
+    # As many tokens as there can be: a request that ends before the kill says nothing.
+    ending = await end_under_load(server, signal.SIGKILL, victim, MAX_MODEL_LEN - len(FAULT_PROMPT))
     if ending.replies["answered"] or any(kind.startswith("cut short") for kind in ending.replies):
         ending.failures.append(f"requests ended as if nothing had happened: {dict(ending.replies)}")
     if ending.seconds > FAILURE_TIMEOUT:
@@ -358,16 +362,19 @@ async def terminate_under_load(server: Server) -> Ending:
     return ending
 
 
-def vllm_options(tensor: int = 1, pipeline: int = 1) -> tuple[str, ...]:
+def vllm_options(
+    tensor: int = 1, pipeline: int = 1, cache_mib: int = CACHE_MIB, stop_seconds: int = STOP_TIMEOUT // 2
+) -> tuple[str, ...]:
+    """Arguments of `vllm serve`; `stop_seconds` is what SIGTERM leaves to running requests."""
     sizes = {"tensor": tensor, "pipeline": pipeline}
     parallel = [f"--{name}-parallel-size={size}" for name, size in sizes.items() if size > 1]
-    # Without a timeout vLLM ends running requests with an error at SIGTERM.
-    return (*OPTIONS, f"--shutdown-timeout={STOP_TIMEOUT // 2}", *parallel)
+    cache = f"--kv-cache-memory-bytes={cache_mib << 20}"
+    return (*OPTIONS, cache, f"--shutdown-timeout={stop_seconds}", *parallel)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The soak, and then the faults, each on the server that was started after the one before."""
-    arguments = vllm_options(options.tensor_parallel_size, options.pipeline_parallel_size)
+    arguments = vllm_options(options.tensor_parallel_size, options.pipeline_parallel_size, options.cache_mib)
     result: dict[str, Any] = {"model": str(options.model), "options": arguments}
     failures: list[str] = []
     numbers = itertools.count(1)
@@ -405,12 +412,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=24, help="how many ask at once")
     parser.add_argument("--prompts", type=int, default=80, help="how many different prompts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-mib", type=int, default=CACHE_MIB, help="KV cache, for some 1,100 tokens of the model")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--no-faults", dest="faults", action="store_false", help="end after the load")
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this directory")
     options = parser.parse_args(arguments)
-    for name in ("minutes", "clients", "prompts", "tensor_parallel_size", "pipeline_parallel_size"):
+    for name in ("minutes", "clients", "prompts", "tensor_parallel_size", "pipeline_parallel_size", "cache_mib"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0")
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,9 +7,9 @@ A line of IN.jsonl is one of OpenAI's batch requests:
     {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "14+36?"}], "reasoning_effort": "high"}}
 
 `reasoning_effort` is per line: "none" does not think, "low", "high" and "max" do, as far as the checkpoint has the
-mode. A line of OUT.jsonl is one of OpenAI's batch results, in the order in which the requests finish. Every result
-is on the disk before the next step of the model, so that a kill, or a power cut, loses only what was being written;
-the same command again answers what is missing.
+mode. A line of OUT.jsonl is one of OpenAI's batch results, in the order in which the requests finish; a tool call is
+in its `content` as the model wrote it. Every result is on the disk before the next step of the model, so that a kill,
+or a power cut, loses only what was being written; the same command again answers what is missing.
 
 The exit status is 0, 1 where some requests were refused (their `error` says why), 2 where nothing could be run.
 """
@@ -38,7 +38,7 @@ LINE_KEYS = ("custom_id", "method", "url", "body")
 CHAT_KEYS = ("messages", "tools", "reasoning_effort", "chat_template_kwargs")
 SAMPLING_KEYS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos",
-    "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "thinking_token_budget",
 )  # fmt: skip
 # `model` is OpenAI's, and the model here is --model; `max_completion_tokens` is its newer name of `max_tokens`.
 BODY_KEYS = ("model", "max_completion_tokens", *CHAT_KEYS, *SAMPLING_KEYS)
@@ -255,6 +255,8 @@ def run(llm: Any, requests: Sequence[Request], results: Results, model: str) -> 
 
 
 def make_llm(options: argparse.Namespace) -> Any:
+    # In a process of its own the engine outlives a killed run, and holds the memory that the next run needs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 

@@ -208,13 +208,13 @@ def _quant_method(hf_config: Any) -> str | None:
 
 
 def _run_eagerly_on_a_gpu(vllm_config: VllmConfig) -> None:
-    """Turn CUDA graphs off, and say so: the PyTorch ops look at data on the host, which a graph cannot capture."""
+    """Turn CUDA graphs off, and say so: no kernel of ours has been captured on a GPU yet."""
     from vllm.platforms import current_platform
 
     model_config = vllm_config.model_config
     if not current_platform.is_cpu() and not model_config.enforce_eager:
         model_config.enforce_eager = True
-        logger.info("CUDA graphs are off (as with --enforce-eager): this version's experts cannot be captured.")
+        logger.info("CUDA graphs are off (as with --enforce-eager): this version's kernels are not tried in them yet.")
 
 
 def _warm_up_pipeline_stages_on_a_cpu(vllm_config: VllmConfig) -> None:

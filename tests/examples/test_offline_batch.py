@@ -21,9 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "offline_batch.py"
 TOY = ROOT / "examples" / "toy"
 MODES = ("none", "high", "max")
-# One process, and room for 3 running requests: a run that is killed early has answered some of them and not others.
+# Room for 3 running requests: a run that is killed early has answered some of them and not others.
 LLM = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 3, "kv_cache_memory_bytes": 256 << 20}
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600
 
 
@@ -54,15 +53,13 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {row["custom_id"]: row for row in rows}
 
 
-def start(requests: Path, results: Path, environment: dict[str, str], **llm: Any) -> subprocess.Popen[str]:
+def start(requests: Path, results: Path, **llm: Any) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), str(requests), str(results), "--llm", json.dumps(LLM | llm)]
-    return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def kill_when_some_are_answered(process: subprocess.Popen[str], results: Path, count: int) -> list[psutil.Process]:
-    """kill -9 once `results` has `count` lines; returns the processes that it had started."""
+def kill_when_some_are_answered(process: subprocess.Popen[str], results: Path, count: int) -> int:
+    """kill -9 once `results` has `count` lines; returns how many processes it had started, all of which are gone."""
     deadline = time.monotonic() + TIMEOUT
     while not results.exists() or results.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
@@ -71,15 +68,20 @@ def kill_when_some_are_answered(process: subprocess.Popen[str], results: Path, c
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return family
+    _, alive = psutil.wait_procs(family, timeout=60)
+    for left in alive:
+        left.kill()
+    assert alive == [], "they hold the memory that the next run needs"
+    return len(family)
 
 
 @pytest.fixture(scope="module")
 def asked() -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Lines for the toy's questions in three modes, two that cannot be answered, and the rows of eval.jsonl."""
+    """Lines for the toy's questions in three modes, two that cannot be answered, one more, and eval.jsonl's rows."""
     rows = [json.loads(row) for row in (TOY / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["task"] == "reverse"][:12]
     lines = [line("too long", "7" * 3000), line("no such mode", reasoning_effort="extreme")]
+    lines.append(line("budget", temperature=0, max_tokens=64, thinking_token_budget=2))
     for number, row in enumerate(rows):
         mode = ("high", "max")[number % 4 == 3] if row["thinking"] else "none"
         lines.append(line(f"{number} {mode}", row["question"], reasoning_effort=mode, temperature=0, max_tokens=64))
@@ -92,6 +94,9 @@ def check_results(results: Path, asked: tuple[list[dict[str, Any]], dict[str, di
     assert found.keys() == {row["custom_id"] for row in lines}
     assert "context length" in found.pop("too long")["error"]["message"]
     assert "'extreme'" in found.pop("no such mode")["error"]["message"]
+    (hasty,) = found.pop("budget")["response"]["body"]["choices"]
+    assert len(hasty["message"]["reasoning"]) == 2, "a token is a byte"
+    assert hasty["message"]["content"]
     for custom_id, result in found.items():
         number, mode = custom_id.split()
         body = result["response"]["body"]
@@ -109,14 +114,14 @@ def check_results(results: Path, asked: tuple[list[dict[str, Any]], dict[str, di
 
 def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path, asked: Any) -> None:
     requests, results = write(tmp_path / "in.jsonl", asked[0]), tmp_path / "out.jsonl"
-    kill_when_some_are_answered(start(requests, results, ENVIRONMENT), results, 4)
+    kill_when_some_are_answered(start(requests, results), results, 4)
     before = results.read_text(encoding="utf-8")
     done = before.splitlines()
     assert 4 <= len(done) < len(asked[0]), "it was killed in its middle"
     # What a kill within a write leaves behind.
     with results.open("a", encoding="utf-8") as stream:
         stream.write('{"id": "batch_req_0", "custom_id": "5 no')
-    process = start(requests, results, ENVIRONMENT)
+    process = start(requests, results)
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1, output
     assert output.endswith(f"{len(asked[0]) - 2} answered, 2 refused: {results}\n")
@@ -137,15 +142,10 @@ def test_a_complete_run_starts_nothing(example: Any, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_the_engine_of_a_killed_run_ends_by_itself(tmp_path: Path, asked: Any) -> None:
-    """With the engine in a process of its own, which is vLLM's default: none is left to hold the memory."""
+def test_the_workers_of_a_killed_run_end_by_themselves(tmp_path: Path, asked: Any) -> None:
     requests, results = write(tmp_path / "in.jsonl", asked[0]), tmp_path / "out.jsonl"
-    environment = ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    family = kill_when_some_are_answered(start(requests, results, environment), results, 4)
-    assert family
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == []
-    process = start(requests, results, environment)
+    assert kill_when_some_are_answered(start(requests, results, tensor_parallel_size=2), results, 4) >= 2
+    process = start(requests, results, tensor_parallel_size=2)
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1, output
     check_results(results, asked)

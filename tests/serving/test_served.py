@@ -141,6 +141,38 @@ def test_a_thinking_budget(client, question, budget):
     assert response.choices[0].finish_reason == "stop"
 
 
+# ---- the other APIs
+
+
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_the_responses_api(client, question, effort):
+    expected = ask(client, [user(question["question"])], reasoning_effort=effort)[:2]
+    response = client.responses.create(
+        model=Server.NAME, input=question["question"], reasoning={"effort": effort}, temperature=0.0,
+        max_output_tokens=64,
+    )  # fmt: skip
+    texts = {item.type: item.content[0].text for item in response.output}
+    assert (texts.get("reasoning", ""), texts["message"]) == expected
+
+
+@pytest.mark.parametrize(
+    "thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "enabled", "budget_tokens": 1024}]
+)
+def test_anthropics_api(client, question, thinking):
+    switch = {"chat_template_kwargs": {"thinking": thinking["type"] != "disabled"}}
+    expected = ask(client, [user(question["question"])], extra_body=switch)[:2]
+    response = client.post(
+        "/messages", cast_to=dict,
+        body={
+            "model": Server.NAME, "messages": [user(question["question"])], "thinking": thinking, "temperature": 0.0,
+            "max_tokens": 2000,
+        },
+    )  # fmt: skip
+    texts = {block["type"]: block[block["type"]] for block in response["content"]}
+    assert (texts.get("thinking", ""), texts["text"]) == expected
+    assert response["stop_reason"] == "end_turn"
+
+
 # ---- refusals
 
 

@@ -60,7 +60,7 @@ def test_two_pipeline_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((TOY / name).read_bytes())
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,3")
-    options = ("--pipeline-parallel-size", "2", "--prompts", "20", "--logs", str(tmp_path))
+    options = ("--pipeline-parallel-size", "2", "--cache-mib", "9", "--prompts", "20", "--logs", str(tmp_path))
     run_script(str(model), "--minutes", "1", *options, seconds=3600)
 
 
@@ -114,7 +114,7 @@ def test_prompts_share_beginnings_and_have_many_lengths() -> None:
     assert max(map(len, prompts)) <= soak.MAX_PROMPT
 
 
-@pytest.mark.parametrize("option", ["--minutes", "--clients", "--prompts", "--tensor-parallel-size"])
+@pytest.mark.parametrize("option", ["--minutes", "--clients", "--prompts", "--tensor-parallel-size", "--cache-mib"])
 def test_options_must_be_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         soak.main([option, "0"])

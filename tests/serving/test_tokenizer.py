@@ -168,18 +168,98 @@ def test_a_chat_request_gets_the_same_ids(renderers, tokenizers, generation, nam
     assert render(renderers[generation], messages, tools, **request_) == expected
 
 
-def render(renderer, messages, tools=None, **request):
-    """Prompt token ids of a chat completion request, by the code that the server runs."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+def online(renderer):
+    """The code that the server runs from a request to the engine's input."""
     from vllm.renderers.online_renderer import OnlineRenderer
 
-    online = OnlineRenderer(
+    return OnlineRenderer(
         renderer.model_config, renderer, request_logger=None, chat_template=None, chat_template_content_format="auto",
         enable_auto_tools=True, tool_parser="deepseek_v4", reasoning_parser="deepseek_v4",
     )  # fmt: skip
+
+
+def render(renderer, messages, tools=None, **request):
+    """Prompt token ids of a request to /v1/chat/completions."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
     body = {"messages": messages, "model": "m", "max_tokens": 1} | ({"tools": tools} if tools else {}) | request
-    _, (engine_input,) = asyncio.run(online.render_chat(ChatCompletionRequest.model_validate(body)))
+    _, (engine_input,) = asyncio.run(online(renderer).render_chat(ChatCompletionRequest.model_validate(body)))
     return engine_input["prompt_token_ids"]
+
+
+def render_anthropic(renderer, **body):
+    """Of a request to /v1/messages."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    request = AnthropicMessagesRequest.model_validate({"model": "m", "max_tokens": 100} | body)
+    chat = AnthropicServingMessages.to_chat_completion_request(request)
+    _, (engine_input,) = asyncio.run(online(renderer).render_chat(chat))
+    return engine_input["prompt_token_ids"]
+
+
+def render_response(renderer, **body):
+    """Of a request to /v1/responses."""
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    rendered = asyncio.run(online(renderer).render_responses(ResponsesRequest.model_validate({"model": "m"} | body)))
+    return rendered.engine_input["prompt_token_ids"]
+
+
+@pytest.mark.parametrize("generation", Generation)
+@pytest.mark.parametrize(
+    ("request_", "switches"),
+    [
+        ({}, {}),
+        ({"thinking": {"type": "disabled"}}, {"thinking": False}),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "max"}}, {"thinking": False}),
+        ({"thinking": {"type": "adaptive"}}, {}),
+        *(({"output_config": {"effort": effort}}, {"reasoning_effort": effort}) for effort in EFFORTS[2:]),
+    ],
+    ids=str,
+)
+def test_a_request_to_anthropics_api_gets_the_same_ids(renderers, tokenizers, generation, request_, switches):
+    expected = tokenizers[generation].apply_chat_template([system("S"), user("U")], **switches)
+    assert render_anthropic(renderers[generation], system="S", messages=[user("U")], **request_) == expected
+
+
+@pytest.mark.parametrize("effort", [None, *EFFORTS])
+@pytest.mark.parametrize("generation", Generation)
+def test_a_request_to_the_responses_api_gets_the_same_ids(renderers, tokenizers, generation, effort):
+    expected = tokenizers[generation].apply_chat_template([system("S"), user("U")], reasoning_effort=effort)
+    request = {"reasoning": {"effort": effort}} if effort else {}
+    assert render_response(renderers[generation], instructions="S", input="U", **request) == expected
+
+
+def test_a_tool_loop_is_the_same_through_every_api(renderers, tokenizers):
+    """Two calls with their thoughts before them, and their results, in the forms in which agents send them back."""
+    parameters = {"type": "object", "properties": {"place": {"type": "string"}}}
+    calls = {"a": {"place": "Köln"}, "b": {"place": "Bonn"}}
+    messages = [
+        user("U"),
+        answer(None, reasoning="R\n", tool_calls=[call("weather", json.dumps(of), name) for name, of in calls.items()]),
+        *(result(f"{name}!", name) for name in calls),
+    ]
+    expected = tokenizers[APRIL].apply_chat_template(messages, TOOLS)
+    assert render(renderers[APRIL], messages, TOOLS) == expected
+
+    blocks = [{"type": "tool_use", "id": name, "name": "weather", "input": of} for name, of in calls.items()]
+    results = [{"type": "tool_result", "tool_use_id": name, "content": f"{name}!"} for name in calls]
+    turns = [{"role": "assistant", "content": [{"type": "thinking", "thinking": "R\n", "signature": "s"}, *blocks]}]
+    tools = [{"name": "weather", "description": "The weather of a place.", "input_schema": parameters}]
+    request = {"messages": [user("U"), *turns, user(results)], "tools": tools}
+    assert render_anthropic(renderers[APRIL], **request) == expected
+
+    made = [
+        {"type": "function_call", "call_id": name, "name": "weather", "arguments": json.dumps(of)}
+        for name, of in calls.items()
+    ]
+    results = [{"type": "function_call_output", "call_id": name, "output": f"{name}!"} for name in calls]
+    thoughts = {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "R\n"}]}
+    tools = [
+        {"type": "function", "name": "weather", "description": "The weather of a place.", "parameters": parameters}
+    ]
+    assert render_response(renderers[APRIL], input=[user("U"), thoughts, *made, *results], tools=tools) == expected
 
 
 def test_an_effort_beside_chat_template_kwargs_replaces_the_one_inside(renderers, tokenizers):
