@@ -76,6 +76,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     report["transformers"] = transformers_rates(options)
     engine = Engine(options)
     report["ours"] = {str(n): engine.rate(n) for n in options.streams}
+    with without_model(engine.model()):
+        report["vllm"] = {str(n): engine.rate(n) for n in options.streams}
     report["steps"] = {str(n): engine.step_time(n) for n in contexts}
     report["prefill"] = {str(n): engine.prefill_rate(n) for n in contexts}
     report["profile"] = {f"{n} streams": engine.profile(lambda n=n: engine.one_rate(n)) for n in options.streams}
@@ -185,10 +187,12 @@ class Engine:
         assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
         return elapsed
 
+    def model(self) -> Any:
+        return self.llm.collective_rpc(lambda worker: worker.get_model())[0]
+
     def profile(self, run: Callable[[], Any]) -> dict[str, float]:
         """Share of the time in each op of ours, in linear layers, in the rest of the model, and in vLLM."""
-        model = self.llm.collective_rpc(lambda worker: worker.get_model())[0]
-        with timed(model, self.clock) as seconds:
+        with timed(self.model(), self.clock) as seconds:
             start = self.clock()
             run()
             total = self.clock() - start
@@ -200,11 +204,25 @@ class Engine:
 
 
 @contextmanager
+def without_model(model: Any) -> Iterator[None]:
+    """A model that computes nothing, so that what is left is vLLM's."""
+    import torch
+
+    hidden, dtype = model.config.hidden_size, model.model.norm.weight.dtype
+    model.forward = lambda input_ids, positions, *rest, **more: torch.zeros(len(positions), hidden, dtype=dtype)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@contextmanager
 def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     """Seconds by op, `linear` and `model` while the block runs; what one calls inside another counts once."""
     from vllm.model_executor.layers.linear import LinearBase
 
     from vllm_deepseek_v4flash.ops import dispatch
+    from vllm_deepseek_v4flash.ops.numba.recording import Recording
 
     seconds: dict[str, float] = defaultdict(float)
     running: list[float] = []
@@ -231,6 +249,12 @@ def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
             known[op] = timing(op, resolve(op, device_type))
         return known[op]
 
+    def timed_replay(recording: Recording) -> None:
+        for name, function, arguments in recording.calls:
+            timing("torch" if name.startswith("aten") else name, function)(*arguments)
+
+    replay = Recording.replay
+    Recording.replay = timed_replay  # type: ignore[assignment, method-assign]
     modules = [m for m in model.modules() if isinstance(m, LinearBase)]
     dispatch._resolve = timed_resolve  # type: ignore[assignment]
     for module in modules:
@@ -240,7 +264,7 @@ def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     try:
         yield seconds
     finally:
-        dispatch._resolve = resolve
+        dispatch._resolve, Recording.replay = resolve, replay  # type: ignore[method-assign]
         del model.forward
         for module in modules:
             del module.forward
@@ -254,6 +278,7 @@ def processor() -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     ours, theirs, steps = report["ours"], report["transformers"], report["steps"]
+    alone = " and ".join(f"{rate:.0f}" for rate in report["vllm"].values())
     clock = "" if report["clock"] == "wall" else " (CPU time, other work was running)"
     lines = [
         f"Measured {report['date']} on {report['cpu']}, {report['threads']} thread(s){clock}, torch {report['torch']}, "
@@ -263,7 +288,8 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|",
         *(f"| {n} | {ours[n]:.0f} | {theirs[n]:.0f} | {ours[n] / theirs[n]:.1f} |" for n in ours),
         "",
-        f"{report['prompt']} prompt tokens and {report['new_tokens']} new ones a stream, prompts included in the time.",
+        f"{report['prompt']} prompt tokens and {report['new_tokens']} new ones a stream, prompts included in the time. "
+        f"vLLM alone, with a model that computes nothing, makes {alone} tokens/s.",
         "",
         f"| context | decode step, ms | against {next(iter(steps))} | prefill, tokens/s |",
         "|---|---|---|---|",

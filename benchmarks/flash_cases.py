@@ -257,7 +257,8 @@ def chosen(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return meta(tokens, CHOSEN), meta(tokens, CHOSEN, dtype=torch.int64)
 
 
-@cases(dtype=DTYPES, weight=WEIGHTS, tokens=TOKENS, tp=RANKS)
+# 1024 and 4096 tokens give an expert 24 and 96, for which there are tiles between those of few and of many.
+@cases(dtype=DTYPES, weight=WEIGHTS, tokens=(*TOKENS, 1024, 4096), tp=RANKS)
 def packed_experts(twin: Twin, dtype: str, weight: str, tokens: int, tp: int) -> None:
     w13, scheme13 = packed(weight, INNER // tp, HIDDEN, EXPERTS, 2, full=(INNER, HIDDEN))
     w2, scheme2 = packed(weight, HIDDEN, INNER // tp, EXPERTS, full=(HIDDEN, INNER))
@@ -274,7 +275,7 @@ def fused_experts(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
 LINEARS = ("wq_a", "wq_b", "wo_a", "wo_b", "shared w1")
 
 
-@cases(dtype=DTYPES, weight=("int4", "int4 act-order", "fp8"), layer=LINEARS, tokens=TOKENS, tp=(1, 8))
+@cases(dtype=DTYPES, weight=("int4", "int4 act-order", "fp8"), layer=LINEARS, tokens=(*TOKENS, 32, 96), tp=(1, 8))
 def packed_linear(twin: Twin, dtype: str, weight: str, layer: str, tokens: int, tp: int) -> None:
     wide = HEADS // O_GROUPS * DIM
     n, k, full, groups = {

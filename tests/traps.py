@@ -233,7 +233,7 @@ ATTENTION = (
     _trap("query heads normed with a weight", "topk",
           _in(f"{_ATTENTION}._attend", ("qnorm_rope_kv_insert(q, ", "qnorm_rope_kv_insert(self.kv_norm(q), "))),
     _trap("no norm of the kv row", "topk",
-          _in(f"{_ATTENTION}.forward", ("self.kv_norm(self.wkv(x))", "self.wkv(x)"))),
+          _in(f"{_ATTENTION}._attend", ("self.kv_norm(kv)", "kv"))),
     _trap("output groups of strided heads", "odd",
           _in(f"{_ATTENTION}.forward",
               ("o.unflatten(1, (self.groups, -1)).flatten(2)",

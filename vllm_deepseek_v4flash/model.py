@@ -18,6 +18,7 @@ from torch import nn
 from . import logger_name
 from .attention.caches import LayerCaches
 from .attention.formats import CacheFormats
+from .attention.replay import StepReplay, replays
 from .checkpoint.loader import load_weights
 from .compat import (
     IntermediateTensors,
@@ -110,6 +111,10 @@ class DeepseekV4Model(nn.Module):
         if stage.is_last_rank:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             mixing_parameters(self, "hc_head", config, head=True)
+        self.replay: StepReplay | None = None
+        if replays(vllm_config):
+            caches = [cache for layer in self.layers for cache in layer.attn.caches.caches.values()]
+            self.replay = StepReplay(self.compute, caches, vllm_config.model_config.max_model_len)
 
     def forward(
         self,
@@ -119,6 +124,18 @@ class DeepseekV4Model(nn.Module):
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor | IntermediateTensors:
         """Token ids and positions [T] to [T, hidden], or to the streams [T, hc_mult, hidden] between stages."""
+        if self.replay is not None and input_ids is not None and inputs_embeds is None:
+            return self.replay(input_ids, positions)
+        return self.compute(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """`forward`, always by running the layers."""
         stage = get_pp_group()
         if stage.is_first_rank:
             hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -187,6 +204,8 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint under any of its names; returns the names of the parameters that were filled."""
+        if self.model.replay is not None:
+            self.model.replay.steps.clear()
         stage, layers = get_pp_group(), range(self.model.start_layer, self.model.end_layer)
         experts = self.model.layers[layers.start].ffn.experts
         return load_weights(

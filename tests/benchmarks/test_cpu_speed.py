@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 REPORT = {
     "model": "toy", "dtype": "float32", "threads": 2, "clock": "wall", "cpu": "one", "torch": "2", "date": "today",
     "prompt": 64, "new_tokens": 128, "compile": {"first": 21.4, "later": 0.81},
-    "transformers": {"1": 20.0, "16": 100.0}, "ours": {"1": 50.0, "16": 850.0},
+    "transformers": {"1": 20.0, "16": 100.0}, "ours": {"1": 50.0, "16": 850.0}, "vllm": {"1": 700.0, "16": 9000.4},
     "steps": {"1024": 0.004, "32768": 0.005}, "prefill": {"1024": 5000.4, "32768": 1200.0},
     "profile": {"1 streams": {"vLLM": 0.25, "route": 0.004}, "16 streams": {"vLLM": 0.5, "route": 0.006}},
 }  # fmt: skip
@@ -32,6 +32,7 @@ def test_tables():
     assert "| 1024 | 4.00 | 1.00 | 5000 |" in lines
     assert "| 32768 | 5.00 | 1.25 | 1200 |" in lines
     assert "| vLLM | 25 | 50 |" in lines
+    assert any("computes nothing, makes 700 and 9000 tokens/s." in line for line in lines)
     assert not any("route" in line for line in lines), "less than 1 % everywhere"
     assert any("21 s at the first start, reading them 0.8 s" in line for line in lines)
     assert not any("at the first start" in line for line in cpu_speed.markdown(REPORT | {"compile": {}}).splitlines())
@@ -90,12 +91,18 @@ def test_a_small_run(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    for part, keys in (("ours", "12"), ("transformers", "12"), ("steps", ["256", "512"]), ("prefill", ["256", "512"])):
+    for part, keys in (
+        ("ours", "12"),
+        ("vllm", "12"),
+        ("transformers", "12"),
+        ("steps", ["256", "512"]),
+        ("prefill", ["256", "512"]),
+    ):
         assert list(report[part]) == list(keys)
         assert all(value > 0 for value in report[part].values())
     for shares in report["profile"].values():
         assert sum(shares.values()) == pytest.approx(1)
-        assert {"mhc_post_pre", "linear", "vLLM"} < shares.keys()
+        assert {"mhc_post_pre", "linears", "vLLM"} < shares.keys()
     assert "indexer_topk" in report["profile"]["step at 512"]
     written = document.read_text()
     assert written.startswith("About.\n")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
 from vllm_deepseek_v4flash.ops.indexer_topk import indexer_topk
+from vllm_deepseek_v4flash.ops.linears import linears
 from vllm_deepseek_v4flash.ops.numba import arithmetic, compiling, memory, paged, threads
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention
@@ -105,6 +107,20 @@ def run_both(cache, q, positions, request):
         ratio=2, topk=30, max_entries=100, scale=1.0,
     )  # fmt: skip
     return attended, chosen
+
+
+def test_a_row_of_a_product_is_the_same_in_any_batch(rng):
+    x, ids = normal(rng, 70, 37), torch.randint(0, 5, (70, 2), generator=rng)
+    weights, w13, w2 = torch.rand(70, 2, generator=rng), normal(rng, 5, 26, 37), normal(rng, 5, 37, 13)
+
+    def run(rows):
+        routed = fused_experts(x[rows], w13, w2, weights[rows], ids[rows], swiglu_limit=1.0)
+        return *linears(x[rows], [w13[0], w2[0].T], [torch.float32] * 2), routed
+
+    whole = run(slice(None))
+    for rows in (slice(0, 1), slice(3, 8), slice(60, 70)):
+        for alone, among in zip(run(rows), whole, strict=True):
+            assert_exact(alone, among[rows])
 
 
 def test_a_token_is_the_same_in_any_batch_and_any_thread(rng, monkeypatch):

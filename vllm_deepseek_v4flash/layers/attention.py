@@ -19,7 +19,7 @@ from ..ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
 from ..ops.sparse_attention import sparse_attention
 from .compressor import Compressor
 from .indexer import Indexer
-from .linear import GroupedLinear
+from .linear import GroupedLinear, Together, quick
 from .norm import RMSNorm
 from .parallel import shard_rows
 
@@ -47,12 +47,12 @@ class DeepseekV4Attention(nn.Module):
         hidden, q_rank = config.hidden_size, config.q_lora_rank
         plain: dict[str, Any] = {"bias": False, "quant_config": quant_config, "return_bias": False}
 
-        self.wq_a = ReplicatedLinear(hidden, q_rank, prefix=f"{prefix}.wq_a", **plain)
+        self.wq_a = quick(ReplicatedLinear(hidden, q_rank, prefix=f"{prefix}.wq_a", **plain))
         self.q_norm = RMSNorm(q_rank, self.eps)
-        self.wq_b = ColumnParallelLinear(
-            q_rank, config.num_attention_heads * self.dim, prefix=f"{prefix}.wq_b", **plain
+        self.wq_b = quick(
+            ColumnParallelLinear(q_rank, config.num_attention_heads * self.dim, prefix=f"{prefix}.wq_b", **plain)
         )
-        self.wkv = ReplicatedLinear(hidden, self.dim, prefix=f"{prefix}.wkv", **plain)
+        self.wkv = quick(ReplicatedLinear(hidden, self.dim, prefix=f"{prefix}.wkv", **plain))
         self.kv_norm = RMSNorm(self.dim, self.eps)
         self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
         shard_rows(self.attn_sink)
@@ -63,8 +63,10 @@ class DeepseekV4Attention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.wo_a",
         )
-        self.wo_b = RowParallelLinear(
-            config.o_groups * config.o_lora_rank, hidden, input_is_parallel=True, prefix=f"{prefix}.wo_b", **plain
+        self.wo_b = quick(
+            RowParallelLinear(
+                config.o_groups * config.o_lora_rank, hidden, input_is_parallel=True, prefix=f"{prefix}.wo_b", **plain
+            )
         )
         self.compressor: Compressor | None = None
         self.indexer: Indexer | None = None
@@ -75,6 +77,8 @@ class DeepseekV4Attention(nn.Module):
             )  # fmt: skip
         if kind is LayerKind.CSA:
             self.indexer = Indexer(config, ratio, quant_config=quant_config, prefix=f"{prefix}.indexer")
+        compressors = [c for c in (self.compressor, self.indexer and self.indexer.compressor) if c is not None]
+        self.project = Together(self.wq_a, self.wkv, *(linear for c in compressors for linear in (c.wkv, c.wgate)))
         self.caches = caches
 
     def forward(
@@ -91,23 +95,26 @@ class DeepseekV4Attention(nn.Module):
         """
         step = self.caches.step(positions)
         n, padded = step.positions.shape[0], x.shape[0]
+        for small in self.caches.warm_up(positions):
+            tokens = small.positions.shape[0]
+            self._attend(x[:tokens], cos_sin[:tokens], inv_freq, small)
         o = self._attend(x[:n], cos_sin[:n], inv_freq, step)
         if n < padded:
             o = torch.cat((o, o.new_zeros(padded - n, *o.shape[1:])))
         return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
 
     def _attend(self, x: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor, step: LayerStep) -> torch.Tensor:
-        qr = self.q_norm(self.wq_a(x))
+        qr, kv, *states = self.project(x)
+        qr, kv = self.q_norm(qr), self.kv_norm(kv)
         q = self.wq_b(qr).view(-1, self.heads, self.dim)
-        kv = self.kv_norm(self.wkv(x))
         q = qnorm_rope_kv_insert(q, kv, cos_sin, step.window, step.window_slots, eps=self.eps)
         entries = indices = None
         if self.compressor is not None:
             assert step.main is not None
-            self.compressor(x, inv_freq, step, step.main)
+            self.compressor(*states[:2], inv_freq, step, step.main, x.dtype)
             entries = step.main.entries
         if self.indexer is not None:
-            indices = self.indexer(x, qr, cos_sin, inv_freq, step)
+            indices = self.indexer(x, qr, *states[2:], cos_sin, inv_freq, step)
         return sparse_attention(
             q, self.attn_sink, step.positions, step.request, step.window,
             window_size=self.window_size, scale=self.scale,

@@ -27,14 +27,23 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, eps)
 
-    def forward(self, x: torch.Tensor, inv_freq: torch.Tensor, step: LayerStep, caches: EntryCaches) -> None:
+    def forward(
+        self,
+        kv: torch.Tensor,
+        gate: torch.Tensor,
+        inv_freq: torch.Tensor,
+        step: LayerStep,
+        caches: EntryCaches,
+        dtype: torch.dtype,
+    ) -> None:
         """Store the step's states and the entries it completes.
 
         Args:
-            x: [T, hidden], the attention's normed input.
+            kv, gate: [T, dim], twice as wide with overlap; fp32, what `wkv` and `wgate` make of the attention's input.
             inv_freq: [R/2] fp32, the layer's frequencies.
+            dtype: the model's.
         """
         compress(
-            self.wkv(x), self.wgate(x), self.ape, self.norm.weight, inv_freq, step.positions, step.request,
-            caches.states, caches.state_slots, caches.entries, ratio=self.ratio, eps=self.norm.eps, dtype=x.dtype,
+            kv, gate, self.ape, self.norm.weight, inv_freq, step.positions, step.request,
+            caches.states, caches.state_slots, caches.entries, ratio=self.ratio, eps=self.norm.eps, dtype=dtype,
         )  # fmt: skip

@@ -15,10 +15,11 @@ from ..compat import (
     tensor_model_parallel_all_reduce,
 )
 from ..config import DeepseekV4Config
+from ..ops.fused_experts import fused_experts
 from ..ops.route import route
 from ..ops.swiglu import swiglu
 from ..quantization.methods import UnquantizedExpertsMethod
-from .linear import Fp32Linear
+from .linear import Fp32Linear, Together, quick, shortest
 
 
 class Router(Fp32Linear):
@@ -49,6 +50,17 @@ class Router(Fp32Linear):
         )  # fmt: skip
 
 
+class ExpertsMethod(UnquantizedExpertsMethod):
+    """Keeps small experts' weights as short as they can be kept."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.plain_weights = shortest(layer.w13_weight.data), shortest(layer.w2_weight.data)
+
+    def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+        w13, w2 = layer.plain_weights
+        return fused_experts(x, w13, w2, weights, expert_ids, swiglu_limit=layer.limit, first_expert=layer.first_expert)
+
+
 class RoutedExperts(nn.Module):
     """The routed experts' weights, stacked; how they are stored is the quantisation method's affair.
 
@@ -69,7 +81,9 @@ class RoutedExperts(nn.Module):
         self.inner = inner if expert_parallel else inner // tp_size
         self.inner_rank = 0 if expert_parallel else tp_rank
         method = None if quant_config is None else quant_config.get_quant_method(self, prefix)
-        self.quant_method = method or UnquantizedExpertsMethod()
+        if method is None or type(method) is UnquantizedExpertsMethod:
+            method = ExpertsMethod()
+        self.quant_method = method
         self.quant_method.create_weights(self, config.hidden_size)
 
     @property
@@ -94,16 +108,20 @@ class SharedExpert(nn.Module):
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
         plain: dict[str, Any] = {"bias": False, "quant_config": quant_config, "return_bias": False}
-        self.w1 = ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w1", **plain)
-        self.w3 = ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w3", **plain)
-        self.w2 = RowParallelLinear(
-            inner, hidden, input_is_parallel=True, reduce_results=False, prefix=f"{prefix}.w2", **plain
+        self.w1 = quick(ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w1", **plain))
+        self.w3 = quick(ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w3", **plain))
+        self.w2 = quick(
+            RowParallelLinear(
+                inner, hidden, input_is_parallel=True, reduce_results=False, prefix=f"{prefix}.w2", **plain
+            )
         )
+        self.project = Together(self.w1, self.w3)
         self.limit = config.swiglu_limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] to this rank's part of the output, [T, H], same dtype."""
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        gate, up = self.project(x)
+        return self.w2(swiglu(gate, up, self.limit).to(x.dtype))
 
 
 class MoE(nn.Module):

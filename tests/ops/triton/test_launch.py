@@ -41,8 +41,8 @@ def test_recorded_launches_do_not_run_and_need_no_memory(device):
         launch(_count, (2,), out)
         launch(_count, (0, 7), nothing, num_warps=2)
     assert [(kernel, grid, options) for kernel, grid, _, options in seen] == [
-        (_count, (2,), {}),
-        (_count, (0, 7), {"num_warps": 2}),
+        (_count, (2,), {"enable_fp_fusion": True}),
+        (_count, (0, 7), {"num_warps": 2, "enable_fp_fusion": True}),
     ]
     assert seen[0][2][0] is out
     assert seen[1][2][0] is nothing

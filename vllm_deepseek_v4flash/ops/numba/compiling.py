@@ -22,6 +22,9 @@ CACHE_ENV = "NUMBA_CACHE_DIR"
 CACHE_FIELDS = 8
 Cache = tuple[int, ...]
 """A paged cache as kernels take it; `paged.cache` makes it."""
+MATRICES = 8
+Matrices = tuple[int, ...]
+"""Up to MATRICES weights as kernels take them, five numbers each; `linears` makes it."""
 
 # llvmlite's library object answers to every name, `__dict__` too, with a C function. vLLM looks into the `__dict__` of
 # all modules' values when an engine starts on a CPU, and without this would fail once Numba has been imported.
@@ -34,6 +37,7 @@ _TYPES = {
     "bool": types.boolean,
     "None": types.void,
     "Cache": types.UniTuple(types.int64, CACHE_FIELDS),
+    "Matrices": types.UniTuple(types.int64, 5 * MATRICES),
 }
 # Sums may be reordered, which vectorises them, and products fused; NaN and infinities keep their meaning.
 _SUMS = {"reassoc", "contract", "nsz"}

@@ -4,10 +4,29 @@ import torch
 
 from ..rows import PagedRows
 from . import threads
-from .arithmetic import ONE, ZERO, dots_4x4, rotate
+from .arithmetic import ONE, ZERO, rotate
 from .compiling import Cache, helper, kernel
-from .memory import bits, code, fill, get, get_i32, get_i64, integer, load, packed, put, put_i32, rounded, size_of
-from .paged import E2M1, cache, page_of, read_row, round_to_e2m1
+from .memory import (
+    FP32,
+    bits,
+    code,
+    fetch,
+    fill,
+    get,
+    get_apart,
+    get_i32,
+    get_i64,
+    integer,
+    load,
+    packed,
+    put,
+    put_apart,
+    put_i32,
+    rounded,
+    size_of,
+)
+from .paged import E2M1, cache, page_of, read_rows, round_to_e2m1
+from .products import dots_fp32
 
 _TOKENS = 4  # of one request, which share the keys that are read
 _KEYS = 64  # read and scored at a time
@@ -71,13 +90,13 @@ def _load_queries(t, q, dtype, heads, dim, cos_sin, rotary, codec, out):
 @helper
 def _weigh(dots, heads, weights, count, out):
     """For each key the sum over the heads of relu(dot) * weight, to `out`."""
-    for i in range(count):
-        score = ZERO
-        for h in range(heads):
-            dot = get(dots, h * _KEYS + i)
+    fill(out, count, ZERO)
+    for h in range(heads):
+        weight = get(weights, h)
+        for i in range(count):
+            dot = get_apart(dots, h * _KEYS + i)
             # Not max: what is not a number must stay so.
-            score += (ZERO if dot <= ZERO else dot) * get(weights, h)
-        put(out, i, score)
+            put_apart(out, i, get(out, i) + (ZERO if dot <= ZERO else dot) * weight)
 
 
 @kernel
@@ -113,17 +132,22 @@ def _score(
                     load(weights + (first + i) * heads * size_of(weights_dtype), weights_dtype, heads, factor)
                     for h in range(heads):
                         put(factor, h, get(factor, h) * scale)
-            for key in range(from_key, to_key, _KEYS):
-                filled = min(_KEYS, to_key - key)
-                for i in range(filled):
-                    page, row = page_of(entries, owner, key + i)
-                    read_row(entries, page, row, keys + 4 * i * dim)
-                whole = (filled + 3) // 4 * 4
-                fill(keys + 4 * filled * dim, (whole - filled) * dim, ZERO)
-                dots_4x4(queries, n * padded, keys, whole, dim, dots, _KEYS)
+            key = from_key
+            while key < to_key:
+                filled, source = min(_KEYS, to_key - key), keys
+                if entries[3] == FP32:
+                    page, row = page_of(entries, owner, key)
+                    filled, source = min(filled, entries[2] - row), page + 4 * row * dim
+                    if key + filled < to_key:
+                        page, row = page_of(entries, owner, key + filled)
+                        fetch(page + 4 * row * dim, 4 * dim * min(_KEYS, entries[2] - row))
+                else:
+                    read_rows(entries, owner, key, filled, keys)
+                dots_fp32(queries, n * padded, source, filled, dim, dots, _KEYS)
                 for i in range(n):
                     out = scores + 4 * ((first + i - start) * max_entries + key)
                     _weigh(dots + 4 * i * padded * _KEYS, heads, factors + 4 * i * padded, filled, out)
+                key += filled
             first += n
 
 

@@ -94,6 +94,27 @@ put_apart = _writer(ir.FloatType(), types.float32, apart=True)
 
 
 @intrinsic
+def _fetch_line(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        # To read, for the second cache, data.
+        builder.call(function, [builder.inttoptr(arguments[0], byte), *(ir.Constant(flag, i) for i in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@helper
+def fetch(address, size):
+    """Begin to bring `size` bytes into the cache, which a processor does by itself only within 4 KiB."""
+    for line in range(0, size, 64):
+        _fetch_line(address + line)
+
+
+@intrinsic
 def number(context: Any, bits: Any) -> Any:
     """The fp32 number with these 32 bits (of an int64)."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from .arithmetic import ONE, ZERO, exp, inverse_rms, products, sigmoid
+from .arithmetic import ONE, ZERO, exp, inverse_rms, sigmoid
 from .compiling import helper
-from .memory import FP32, get, put
+from .memory import get, put
+from .products import dots_fp32
 
 
 @helper
 def mix(flat, size, fn, count, norm_eps, out):
     """The products of the flattened streams with the `count` rows of `fn`, normed, to `out`."""
-    products(flat, fn, FP32, count, size, out)
+    dots_fp32(flat, 1, fn, count, size, out, count)
     factor = inverse_rms(flat, size, norm_eps)
     for i in range(count):
         put(out, i, get(out, i) * factor)

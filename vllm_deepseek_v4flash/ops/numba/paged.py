@@ -7,7 +7,22 @@ import numpy as np
 from ..rows import PagedRows
 from .arithmetic import ONE, ZERO
 from .compiling import CACHE_FIELDS, Cache, helper
-from .memory import CODES, bits, from_bf16, get, get_i32, get_u8, load, number, put, put_u8, store, to_bf16
+from .memory import (
+    CODES,
+    bits,
+    fetch,
+    from_bf16,
+    get,
+    get_i32,
+    get_u8,
+    load,
+    number,
+    put,
+    put_u8,
+    size_of,
+    store,
+    to_bf16,
+)
 
 E4M3, E2M1 = 8, 4
 """Codecs besides the dtype codes of plain rows."""
@@ -68,6 +83,31 @@ def read_row(cache, page, row, out):
                 put(out, 2 * i + 1, _from_e2m1(get_u8(codes, i) >> 4) * scale)
     else:
         load(page + row * dim * (4 if codec == 0 else 2), codec, dim, out)
+
+
+@helper
+def fetch_row(cache, request, row):
+    """Begin to bring the data of an e4m3 or plain row into the cache."""
+    codec, dim, quantised = cache[3:6]
+    size = quantised + 2 * (dim - quantised) if codec == E4M3 else dim * size_of(codec)
+    page, row = page_of(cache, request, row)
+    fetch(page + row * size, size)
+
+
+@helper
+def read_rows(cache, request, first, count, out):
+    """`count` rows of a request from number `first` on."""
+    _, _, per_page, codec, dim, _, _, _ = cache
+    done = 0
+    while done < count:
+        page, row = page_of(cache, request, first + done)
+        here = min(per_page - row, count - done)
+        if codec in (E4M3, E2M1):
+            for i in range(here):
+                read_row(cache, page, row + i, out + 4 * (done + i) * dim)
+        else:
+            load(page + row * dim * size_of(codec), codec, here * dim, out + 4 * done * dim)
+        done += here
 
 
 @helper

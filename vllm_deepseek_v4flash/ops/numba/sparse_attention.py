@@ -6,12 +6,14 @@ import torch
 
 from ..rows import PagedRows
 from . import threads
-from .arithmetic import INFINITY, ONE, ZERO, add_weighted, dots_4x4, exp, rotate, total
+from .arithmetic import INFINITY, ONE, ZERO, exp, rotate, total
 from .compiling import Cache, helper, kernel
 from .memory import code, fill, get, get_i32, get_i64, integer, load, packed, put, size_of, store
-from .paged import NO_CACHE, cache, page_of, read_row
+from .paged import NO_CACHE, cache, fetch_row, page_of, read_row, read_rows
+from .products import add_weighted, dots_fp32
 
 _BLOCK = 64  # rows that are read, scored and added at a time
+_AHEAD = 8  # rows that are on their way from memory meanwhile
 
 
 def sparse_attention(
@@ -49,9 +51,7 @@ def sparse_attention(
 @helper
 def _add_rows(queries, heads, dim, keys, count, scale, weights, sums, tops, totals):
     """Take `count` more rows into the running softmax of every head."""
-    padded = (count + 3) // 4 * 4
-    fill(keys + 4 * count * dim, (padded - count) * dim, ZERO)
-    dots_4x4(queries, heads, keys, padded, dim, weights, _BLOCK)
+    dots_fp32(queries, heads, keys, count, dim, weights, _BLOCK)
     for h in range(heads):
         row = weights + 4 * h * _BLOCK
         old = top = get(tops, h)
@@ -62,7 +62,6 @@ def _add_rows(queries, heads, dim, keys, count, scale, weights, sums, tops, tota
         shift = top if top > -INFINITY else ZERO
         for i in range(count):
             put(row, i, exp(get(row, i) - shift))
-        fill(row + 4 * count, padded - count, ZERO)
         kept = exp(old - shift)
         put(totals, h, get(totals, h) * kept + total(row, count))
         put(tops, h, top)
@@ -70,7 +69,7 @@ def _add_rows(queries, heads, dim, keys, count, scale, weights, sums, tops, tota
         if kept != ONE:
             for d in range(dim):
                 put(sum_row, d, get(sum_row, d) * kept)
-        add_weighted(row, keys, padded, dim, sum_row)
+    add_weighted(weights, _BLOCK, heads, keys, count, dim, sums)
 
 
 @kernel
@@ -98,19 +97,29 @@ def _attend(
         oldest = max(0, position - window_size + 1)
         in_window = max(0, position + 1 - oldest)
         visible = (position + 1) // ratio if num_entries else 0
-        filled = 0
-        for i in range(in_window + num_entries):
+        filled = i = 0
+        last = in_window + (num_entries if indices else min(visible, num_entries))
+        while i < last:
+            more = 1
             if i < in_window:
-                rows, row = window, oldest + i
+                more = min(_BLOCK - filled, in_window - i)
+                read_rows(window, owner, oldest + i, more, keys + 4 * filled * dim)
+                filled += more
+            elif not indices:
+                more = min(_BLOCK - filled, last - i)
+                read_rows(entries, owner, i - in_window, more, keys + 4 * filled * dim)
+                filled += more
             else:
-                rows, row = entries, i - in_window
-                if indices:
-                    row = get_i32(indices, t * num_entries + row)
-            if i < in_window or 0 <= row < visible:
-                page, offset = page_of(rows, owner, row)
-                read_row(rows, page, offset, keys + 4 * filled * dim)
-                filled += 1
-            if filled == _BLOCK or (filled and i == in_window + num_entries - 1):
+                ahead = get_i32(indices, t * num_entries + min(i + _AHEAD, last - 1) - in_window)
+                if 0 <= ahead < visible:
+                    fetch_row(entries, owner, ahead)
+                row = get_i32(indices, t * num_entries + i - in_window)
+                if 0 <= row < visible:
+                    page, offset = page_of(entries, owner, row)
+                    read_row(entries, page, offset, keys + 4 * filled * dim)
+                    filled += 1
+            i += more
+            if filled == _BLOCK or (filled and i == last):
                 _add_rows(queries, padded, dim, keys, filled, scale, weights, sums, tops, totals)
                 filled = 0
         for h in range(heads):

@@ -16,9 +16,11 @@ _WORTH_A_THREAD = 1.5e6
 
 
 class _Room(threading.local):
-    """fp32 values that a thread's kernels compute with; grows and is kept."""
+    """fp32 values that a thread's kernels compute with; grows and is kept. And who listens to that thread."""
 
     values = torch.empty(0)
+    recorder: Callable[..., None] | None = None
+    """Told of each kernel that the thread runs (`recording.py`)."""
 
     def address(self, count: int) -> int:
         if self.values.numel() < count:
@@ -39,6 +41,11 @@ def run(kernel: Callable[..., None], items: int, work: float, room: int, *args: 
         room: fp32 values at the address that is the kernel's alone, with any content.
     """
     threads = 1 if work < 2 * _WORTH_A_THREAD else min(torch.get_num_threads(), items, int(work / _WORTH_A_THREAD))
+    if _room.recorder is not None:
+        if threads == 1:
+            _room.recorder(kernel, _entry(kernel), (0, items, _room.address(room), *args), _room.values)
+        else:
+            _room.recorder(kernel, run, (kernel, items, work, room, *args), None)
     if threads == 1:
         kernel(0, items, _room.address(room), *args)
         return
@@ -51,6 +58,17 @@ def run(kernel: Callable[..., None], items: int, work: float, room: int, *args: 
     part(0)
     for other in others:
         other.result()
+
+
+def record(recorder: Callable[..., None] | None) -> None:
+    """Tell `recorder(kernel, function, arguments, room)` of each kernel that this thread runs from here on."""
+    _room.recorder = recorder
+
+
+def _entry(kernel: Any) -> Callable[..., None]:
+    """The compiled function itself: Numba's dispatcher before it looks at the type of every argument."""
+    (compiled,) = kernel.overloads.values()
+    return compiled.entry_point
 
 
 @functools.cache

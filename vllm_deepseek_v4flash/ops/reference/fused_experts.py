@@ -22,11 +22,11 @@ def fused_experts(
     first_expert: int = 0,
 ) -> torch.Tensor:
     def gate_up(rows: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = F.linear(rows, w13[expert]).chunk(2, dim=-1)
+        gate, up = F.linear(rows, w13[expert].to(x.dtype)).chunk(2, dim=-1)
         return gate, up
 
     def down(rows: torch.Tensor, expert: int) -> torch.Tensor:
-        return F.linear(rows, w2[expert])
+        return F.linear(rows, w2[expert].to(x.dtype))
 
     return sum_over_experts(
         x, gate_up, down, w13.shape[0], topk_weights, topk_ids, swiglu_limit=swiglu_limit, first_expert=first_expert

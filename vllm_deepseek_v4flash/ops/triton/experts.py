@@ -110,32 +110,45 @@ def _chunk(
     ids, order, starts, first, pairs,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """This program's expert (EXPERTS: there is nothing to do), its pairs [BLOCK_T] int32, and which of them exist."""
-    j = tl.arange(0, BLOCK_T)
+    """This program's expert (EXPERTS: there is nothing to do), and where its pairs begin and its expert's end.
+
+    They are numbered within the expert, or as in `order` where there is one.
+    """
     if order is None:
         p, q = tl.program_id(1), tl.arange(0, BLOCK_P)
         expert = tl.load(ids + p) - first
-        same = (tl.load(ids + q, mask=q < pairs, other=0) - first == expert) & (q < pairs)
-        ones = same.to(tl.int32)
-        rank = tl.cumsum(ones) - ones
-        mine = tl.sum(tl.where(q < p, ones, 0))
+        earlier = (tl.load(ids + q, mask=q < p, other=0) - first == expert) & (q < p)
+        begin = tl.sum(earlier.to(tl.int32))
+        end = pairs
         # The pair that would begin a chunk takes it.
-        working = (expert >= 0) & (expert < EXPERTS) & (mine % BLOCK_T == 0)
+        working = (expert >= 0) & (expert < EXPERTS) & (begin % BLOCK_T == 0)
         e = tl.where(working, expert, EXPERTS).to(tl.int32)
-        hit = (same[None, :] & (rank[None, :] == mine + j[:, None])).to(tl.int32)
-        pair, valid = tl.sum(hit * q[None, :], axis=1), tl.sum(hit, axis=1) > 0
     else:
         c, n = tl.program_id(1), tl.arange(0, BLOCK_E)
-        begin = tl.load(starts + n, mask=n < EXPERTS, other=0)
-        end = tl.load(starts + n + 1, mask=n < EXPERTS, other=0)
-        chunks = (end - begin + BLOCK_T - 1) // BLOCK_T
+        start = tl.load(starts + n, mask=n < EXPERTS, other=0)
+        stop = tl.load(starts + n + 1, mask=n < EXPERTS, other=0)
+        chunks = (stop - start + BLOCK_T - 1) // BLOCK_T
         # Experts whose chunks have all begun before this one; those beyond EXPERTS have none, and end with the last.
-        e = tl.sum((tl.cumsum(chunks) <= c).to(tl.int32))
-        e = tl.minimum(e, EXPERTS)
-        at = tl.sum(tl.where(n == e, begin, 0)) + (c - tl.sum(tl.where(n < e, chunks, 0))) * BLOCK_T + j
-        valid = at < tl.sum(tl.where(n == e, end, 0))
-        pair = tl.load(order + at, mask=valid, other=0)
-    return e, pair, valid
+        e = tl.minimum(tl.sum((tl.cumsum(chunks) <= c).to(tl.int32)), EXPERTS)
+        begin = tl.sum(tl.where(n == e, start, 0)) + (c - tl.sum(tl.where(n < e, chunks, 0))) * BLOCK_T
+        end = tl.sum(tl.where(n == e, stop, 0))
+    return e, begin, end
+
+
+@triton.jit
+def _members(ids, order, first, pairs, e, begin, end, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The pairs [BLOCK_T] int32 of a chunk, and which of them exist."""
+    wanted = begin + tl.arange(0, BLOCK_T)
+    if order is None:
+        q = tl.arange(0, BLOCK_P)
+        same = (tl.load(ids + q, mask=q < pairs, other=0) - first == e) & (q < pairs)
+        rank = tl.cumsum(same.to(tl.int32)) - 1
+        hit = (same[None, :] & (rank[None, :] == wanted[:, None])).to(tl.int32)
+        pair, valid = tl.sum(hit * q[None, :], axis=1), tl.sum(hit, axis=1) > 0
+    else:
+        valid = wanted < end
+        pair = tl.load(order + wanted, mask=valid, other=0)
+    return pair, valid
 
 
 @triton.jit(do_not_specialize=["pairs", "first"])
@@ -146,8 +159,9 @@ def _gate_up(
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """activations[pair] = weight * swiglu(w1 x, w3 x), for a tile of channels."""
-    e, pair, valid = _chunk(ids, order, starts, first, pairs, EXPERTS, BLOCK_E, BLOCK_P, BLOCK_T)
+    e, begin, end = _chunk(ids, order, starts, first, pairs, EXPERTS, BLOCK_E, BLOCK_P, BLOCK_T)
     if e < EXPERTS:
+        pair, valid = _members(ids, order, first, pairs, e, begin, end, BLOCK_P, BLOCK_T)
         CHANNELS: tl.constexpr = BLOCK_R // 2
         # Eight rows of w1, then the same of w3, and so on: a thread of an mma instruction holds rows i and i + 8.
         r = tl.arange(0, BLOCK_R)
@@ -197,8 +211,9 @@ def _down(
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """outputs[pair] = w2 activations[pair], a tile of columns start..stop-1."""
-    e, pair, valid = _chunk(ids, order, starts, first, pairs, EXPERTS, BLOCK_E, BLOCK_P, BLOCK_T)
+    e, begin, end = _chunk(ids, order, starts, first, pairs, EXPERTS, BLOCK_E, BLOCK_P, BLOCK_T)
     if e < EXPERTS:
+        pair, valid = _members(ids, order, first, pairs, e, begin, end, BLOCK_P, BLOCK_T)
         r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = start + r < stop
         matrix = e.to(tl.int64) + tl.zeros((BLOCK_R,), tl.int64)

@@ -23,6 +23,7 @@ from ...quantization.scheme import FP8_BLOCK, Scheme
 from .codecs import decode_e4m3
 
 _SMALLEST_K = 32  # columns of a tile: what one instruction multiplies of the even and of the odd ones
+_PLAIN_K = 64  # columns of a tile that is not packed, at most: shared memory holds several tiles
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -73,7 +74,7 @@ class StoredWeight:
         `word` bytes, 1, 2 or 4.
         """
         whole = self.group == self.columns
-        size = min(block_k, FP8_BLOCK) if self.format == "fp8" else block_k
+        size = min(block_k, {"plain": _PLAIN_K, "fp8": FP8_BLOCK}.get(self.format, block_k))
         while size > _SMALLEST_K and (
             size // 2 >= self.columns
             or (self.format != "fp8" and not whole and self.group % size and size % self.group)
@@ -96,7 +97,7 @@ def tile_for(dtype: torch.dtype, tokens: float) -> tuple[int, int, dict[str, Any
     if dtype is torch.float32:  # which no matrix unit multiplies
         return 32, 1, {"BLOCK_R": 64, "BLOCK_T": 16, "STAGES": 2, "num_warps": 4}
     if tokens <= 16:
-        return 256, 4, {"BLOCK_R": 64, "BLOCK_T": 16, "STAGES": 4, "num_warps": 4}
+        return 128, 4, {"BLOCK_R": 64, "BLOCK_T": 16, "STAGES": 5, "num_warps": 4}
     if tokens <= 48:
         return 128, 4, {"BLOCK_R": 128, "BLOCK_T": 32, "STAGES": 3, "num_warps": 4}
     # Few columns at a time, or the registers do not suffice.
@@ -132,19 +133,22 @@ def product(
     scale_row = stored
     if FORMAT == "fp8":
         scale_row = matrix * ((ROWS + 127) // 128) + row // 128
-    scale, offset = load_scales(scales, zeros, scale_row, row_valid, first * BLOCK_K, FORMAT, COLUMNS, GROUP, BLOCK_K)
+    scale, zero = load_scales(scales, zeros, scale_row, row_valid, first * BLOCK_K, FORMAT, COLUMNS, GROUP, BLOCK_K)
     for k in tl.range(first * STEP, last * STEP, STEP, num_stages=STAGES):
         inside = k + column < WIDTH
         code = tl.load(base + k, mask=row_valid[:, None] & inside[None, :], other=0)
         # A tile's scales are too narrow to be copied asynchronously: they are asked for one tile ahead.
-        ahead, offset_ahead = load_scales(
+        ahead, zero_ahead = load_scales(
             scales, zeros, scale_row, row_valid, (k + STEP) * PER, FORMAT, COLUMNS, GROUP, BLOCK_K
         )
         some = inside[:, None] & x_valid[None, :]
         if PAIRED:
-            wide_scale, wide_offset = spread(scale, STEP), spread(offset, STEP)
+            low_offset, high_offset = offsets(scale, zero, FORMAT, exact_fma(scales))
+            wide, low_offset, high_offset = spread(scale, STEP), spread(low_offset, STEP), spread(high_offset, STEP)
             for i in tl.static_range(PAIRS):
-                low, high = decode_pair(code, i, wide_scale, wide_offset, FORMAT, exact_fma(scales), x.dtype.element_ty)
+                low, high = decode_pair(
+                    code, i, wide, low_offset, high_offset, FORMAT, exact_fma(scales), x.dtype.element_ty
+                )
                 pair = (k + column) * PAIRS + i
                 even, odd = load_pair(x, x_row[None, :], pair[:, None], some, perm, COLUMNS)
                 acc = tl.dot(low, even, acc, input_precision="ieee")
@@ -153,7 +157,7 @@ def product(
             weight = decode_one(code, scale, FORMAT, NATIVE, x.dtype.element_ty)
             at = x + x_row[None, :] * COLUMNS + (k + column)[:, None]
             acc = tl.dot(weight, tl.load(at, mask=some, other=0.0), acc, input_precision="ieee")
-        scale, offset = ahead, offset_ahead
+        scale, zero = ahead, zero_ahead
     return acc
 
 
@@ -162,13 +166,12 @@ def load_scales(
     scales, zeros, scale_row, row_valid, column,
     FORMAT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Scale and offset [R, groups] fp32, as `decode_pair` takes them, of the tile that begins at `column`.
-
-    Beyond the last column they are anything finite.
-    """
+    """Scales and zeros [R, groups] fp32 of the tile that begins at `column`; beyond the last one, anything finite."""
     GROUPS: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
-    TILE: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP and GROUP < COLUMNS else 1
-    group = column // GROUP + tl.arange(0, TILE)
+    # Two columns at least: one would be spread in a layout from which Triton moves the codes through shared memory.
+    FEWEST: tl.constexpr = 1 if FORMAT == "fp8" else 2
+    TILE: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > FEWEST * GROUP and GROUP < COLUMNS else FEWEST
+    group = (column + tl.arange(0, TILE) * (BLOCK_K // TILE)) // GROUP
     at = scale_row[:, None] * GROUPS + group[None, :]
     mask = row_valid[:, None] & (group < GROUPS)[None, :]
     if FORMAT == "plain":
@@ -177,19 +180,26 @@ def load_scales(
         scale = decode_ue8m0(tl.load(scales + at, mask=mask, other=0))
     else:
         scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
-    offset = tl.full((1, 1), 24.0, tl.float32)
-    if FORMAT == "int4":
-        if zeros is not None:
-            offset = tl.load(zeros + at, mask=mask, other=0).to(tl.float32) + 16.0
-        if exact_fma(scales):
-            offset = -offset * scale
-    return scale, offset
+    if zeros is not None:
+        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
+    else:
+        zero = tl.full((1, 1), 8.0, tl.float32)
+    return scale, zero
 
 
 @triton.jit
 def exact_fma(scales):
-    """Whether a code and a zero, of 5 and 9 bits beside the 16, times a scale have few enough bits for fp32."""
+    """Whether a scale times a number of 12 bits has few enough bits for fp32."""
     return False if scales is None else scales.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
+def offsets(scale, zero, FORMAT: tl.constexpr, FUSED: tl.constexpr):
+    """What `decode_pair` takes from, or where FUSED adds to, an even and an odd column."""
+    low, high = zero + 2048.0, zero + 128.0
+    if FORMAT == "int4" and FUSED:
+        low, high = -low * scale, -high * scale
+    return low, high
 
 
 @triton.jit
@@ -212,24 +222,22 @@ def decode_ue8m0(code):
 
 @triton.jit
 def decode_pair(
-    word, BYTE: tl.constexpr, scale, offset,
+    word, BYTE: tl.constexpr, scale, low_offset, high_offset,
     FORMAT: tl.constexpr, FUSED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The even and the odd columns of the bytes number BYTE of a tile of words, rounded to DTYPE once.
-
-    For int4, `offset` is 16 more than the zero, or where FUSED -scale times that.
-    """
+    """The even and the odd columns of the bytes number BYTE of a tile of words, rounded to DTYPE once."""
     bits = word.to(tl.uint32)
     if FORMAT == "fp4":
         low, high = decode_e2m1_at(bits, 8 * BYTE) * scale, decode_e2m1_at(bits, 8 * BYTE + 4) * scale
     else:
-        # In the first bits behind a 16 a code needs no conversion.
-        low = (moved(bits, 8 * BYTE, 19) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
-        high = (moved(bits, 8 * BYTE + 4, 19) & 0x780000 | 0x41800000).to(tl.float32, bitcast=True)
+        # In bits 12 to 15 of the fp32 number 2048 a code needs no conversion, and in bits 16 to 19 of 128.
+        bits = moved(bits, 8 * BYTE, 12)
+        low = (bits & 0xF000 | 0x45000000).to(tl.float32, bitcast=True)
+        high = (bits & 0xF0000 | 0x43000000).to(tl.float32, bitcast=True)
         if FUSED:
-            low, high = tl.fma(low, scale, offset), tl.fma(high, scale, offset)
+            low, high = tl.fma(low, scale, low_offset), tl.fma(high, scale, high_offset)
         else:
-            low, high = (low - offset) * scale, (high - offset) * scale
+            low, high = (low - low_offset) * scale, (high - high_offset) * scale
     return low.to(DTYPE), high.to(DTYPE)
 
 

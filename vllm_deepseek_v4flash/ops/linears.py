@@ -1,0 +1,28 @@
+"""Several linears of one input (spec sections 3.5 to 3.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .checks import check_shape
+from .dispatch import implementation
+
+
+def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """`x @ w.T` for every weight `w`, summed in fp32 or better and rounded once to the dtype of the same place.
+
+    Args:
+        x: [T, K], floating.
+        weights: [N_i, K] each, floating.
+        dtypes: of the results: that of `x`, or fp32.
+
+    Returns:
+        [T, N_i] each.
+    """
+    for i, weight in enumerate(weights):
+        check_shape(f"weights[{i}]", weight, (None, x.shape[-1]))
+    if len(weights) != len(dtypes):
+        raise ValueError(f"{len(weights)} weights need as many dtypes, got {len(dtypes)}")
+    return implementation("linears", x.device)(x, weights, dtypes)
