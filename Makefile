@@ -2,7 +2,7 @@ PYTHON ?= python3
 FLAVOUR ?= auto
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow compile-table bench-attention lint clean
+.PHONY: setup demo test test-slow compile-table bench-attention bench-moe lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
@@ -21,6 +21,9 @@ compile-table: setup
 
 bench-attention: setup
 	$(BIN)/python -m benchmarks.attention $(ARGS)
+
+bench-moe: setup
+	$(BIN)/python -m benchmarks.moe $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -51,6 +51,8 @@ def routed_experts(
     }  # fmt: skip
     args13, constants13 = w13.fitted(block_k, word)
     args2, constants2 = w2.fitted(block_k, word)
+    if w13.perm is not None:
+        tile["maxnreg"] = 255  # or ptxas makes do with 80, and spills
     launch(
         _gate_up, (triton.cdiv(inner, tile["BLOCK_R"] // 2), chunks),
         x, activations, topk_weights.contiguous(), swiglu_limit, *shared, *args13, **shape, **constants13, **tile,

@@ -20,7 +20,8 @@ def packed_linear(x: torch.Tensor, weight: Mapping[str, torch.Tensor], scheme: S
     stored, device, groups = StoredWeight.of(weight, scheme), device_of(x), x.shape[1] if x.ndim == 3 else 1
     num_tokens, rows = x.shape[0], stored.rows // groups
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    block_k, word, tile = tile_for(x.dtype, num_tokens)
+    # Gathered columns take registers that the tile for more than 96 tokens needs itself.
+    block_k, word, tile = tile_for(x.dtype, num_tokens if stored.perm is None else min(num_tokens, 96))
     args, constants = stored.fitted(block_k, word)
     tiles = triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(num_tokens, tile["BLOCK_T"])
     steps = triton.cdiv(stored.columns, constants["BLOCK_K"])
