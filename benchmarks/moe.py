@@ -12,6 +12,7 @@ Exits with 1 if a result is further from its reference than its bound, or a kern
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from vllm_deepseek_v4flash.ops.cuda.library import built
 from vllm_deepseek_v4flash.quantization.scheme import Scheme, canonical_shapes
 
 from . import roofline, vllm_kernels
@@ -28,6 +30,7 @@ from .report import Row
 from .roofline import Aim, Bench, Case, Peer, UnavailableError, Work, compare, sampled, twin_and_reference
 
 BF16 = torch.bfloat16
+MOST_TOKENS = 32  # that csrc/'s kernels take
 # Gate and up, the activation and an expert's output are rounded to bf16, and each may go to the reference's neighbour.
 OURS = 4 * 2.0**-8
 # Marlin rounds each expert's output once more when it has weighed it, and may sum them in bf16.
@@ -127,11 +130,22 @@ def aims_of(tokens: int) -> list[Aim]:
     return [beats(1.2)] if tokens >= 2048 else [beats(1.0)]
 
 
-def experts_case(s: Sizes, weight: str, inner: int, tokens: int) -> Case:
+def ours(bench: Bench, kernels: str) -> Any:
+    """`packed_experts` in Triton's kernels, or in those of csrc/."""
+    if kernels == "triton":
+        return twin_and_reference("packed_experts")[0]
+    if bench.device.type != "cuda":
+        raise UnavailableError("csrc/'s kernels need a GPU")
+    if not built():
+        raise UnavailableError("csrc/ was not compiled: install the package where nvcc is")
+    return importlib.import_module("vllm_deepseek_v4flash.ops.cuda.packed_experts").packed_experts
+
+
+def experts_case(s: Sizes, weight: str, inner: int, tokens: int, kernels: str) -> Case:
     moved = distinct(s, tokens) * expert_bytes(weight, s, inner) + tokens * s.hidden * (2 + 4)
 
     def build(bench: Bench) -> Work:
-        twin, reference = twin_and_reference("packed_experts")
+        call, (_, reference) = ours(bench, kernels), twin_and_reference("packed_experts")
         layer = layer_of(bench, s, weight, inner)
         inputs = [
             (
@@ -142,7 +156,7 @@ def experts_case(s: Sizes, weight: str, inner: int, tokens: int) -> Case:
             for ids in routing(bench, s, tokens, bench.copies(int(moved)))
         ]
         weights = layer.w13, layer.w2, layer.scheme, layer.scheme
-        calls = [partial(twin, x, *weights, *chosen, swiglu_limit=LIMIT) for x, *chosen in inputs]
+        calls = [partial(call, x, *weights, *chosen, swiglu_limit=LIMIT) for x, *chosen in inputs]
         pick = sampled(tokens)
 
         def near(found: torch.Tensor, bound: float) -> str:
@@ -153,7 +167,7 @@ def experts_case(s: Sizes, weight: str, inner: int, tokens: int) -> Case:
         marlin = Peer("Marlin", lambda: marlin_work(bench, layer, (weight, inner), inputs, near))
         return Work(calls, lambda: near(calls[0](), OURS), [marlin])
 
-    label = f"{weight}, {tokens} tokens, intermediate {inner}"
+    label = f"{weight}, {tokens} tokens, intermediate {inner}, {kernels}"
     return Case(weight, label, int(moved), 6 * tokens * s.chosen * s.hidden * inner, build, aims_of(tokens))
 
 
@@ -195,7 +209,13 @@ def marlin_weights(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch
 
 def all_cases(dry: bool) -> list[Case]:
     s = TINY if dry else FLASH
-    return [experts_case(s, weight, inner, t) for weight in ("int4", "fp4") for inner in s.inners for t in s.tokens]
+    return [
+        experts_case(s, weight, inner, tokens, kernels)
+        for weight in ("int4", "fp4")
+        for inner in s.inners
+        for tokens in s.tokens
+        for kernels in (("triton", "cuda") if tokens <= MOST_TOKENS else ("triton",))
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import engine, tiny
+from tests.quantization.fixtures import DATA
 from tests.served import TOLERANCE
 from vllm_deepseek_v4flash.ops import dispatch
 
 TRITON = Path(dispatch.__file__).parent / "triton"
 TWINS = {path.stem for path in TRITON.glob("*.py")} & {path.stem for path in (TRITON.parent / "reference").glob("*.py")}
 NEW_TOKENS = 4
+PACKED = "llmc_rtn_g32_asym"
 # Chunks that end inside windows of both ratios, and several requests in a step.
 OPTIONS = {"max_num_batched_tokens": 70, "enable_prefix_caching": True}
 
@@ -79,3 +82,15 @@ def test_kernels_serve_what_the_references_serve(tmp_path: Path, config: str, op
         if "kv_cache_dtype" not in options:
             # With fp8 rows a value next to a code's border may fall on the other side, which is a step of 6 %.
             assert (table - expected_table).abs().max() <= TOLERANCE
+
+
+def test_packed_weights_are_multiplied_by_kernels() -> None:
+    """4-bit experts and linears, with zero points, as a real quantiser wrote them."""
+    tokens = load_file(DATA / f"{PACKED}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()[:20]
+    with ops("reference"):
+        ((expected_tokens, expected_table),) = serve(DATA / PACKED, [tokens])
+    with ops("triton") as used:
+        ((actual_tokens, actual_table),) = serve(DATA / PACKED, [tokens])
+    assert used["packed_experts"] == used["packed_linear"] == "triton"
+    assert actual_tokens == expected_tokens
+    assert (actual_table - expected_table).abs().max() <= TOLERANCE
