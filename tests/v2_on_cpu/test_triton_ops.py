@@ -31,12 +31,12 @@ OPTIONS = {"max_num_batched_tokens": 70, "enable_prefix_caching": True}
 
 
 @contextmanager
-def ops(choice: str) -> Iterator[dict[str, str]]:
-    """Run with these ops; yields which backend each op that ran has run on."""
+def ops(choice: str, *referenced: str) -> Iterator[dict[str, str]]:
+    """Run with these ops, but the `referenced` by PyTorch; yields which backend each op that ran has run on."""
     used: dict[str, str] = {}
 
     def resolve(op: str, device_type: str) -> Any:
-        used[op] = dispatch._backend_of(op, device_type)
+        used[op] = "reference" if op in referenced else dispatch._backend_of(op, device_type)
         return getattr(importlib.import_module(f"{dispatch.__package__}.{used[op]}.{op}"), op)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,9 +73,10 @@ def test_kernels_serve_what_the_references_serve(tmp_path: Path, config: str, op
     with ops("reference") as used:
         expected = serve(path, prompts, **options)
     assert set(used.values()) == {"reference"}
-    with ops("triton") as used:
+    # Interpreting the experts as well would take four times as long; the other tests do.
+    with ops("triton", "fused_experts") as used:
         actual = serve(path, prompts, **options)
-    assert {op for op, backend in used.items() if backend == "triton"} == TWINS & set(used)
+    assert {op for op, backend in used.items() if backend == "triton"} == TWINS & set(used) - {"fused_experts"}
     assert "sparse_attention" in TWINS & set(used)
     for (tokens_, table), (expected_tokens, expected_table) in zip(actual, expected, strict=True):
         assert tokens_ == expected_tokens
@@ -84,13 +85,20 @@ def test_kernels_serve_what_the_references_serve(tmp_path: Path, config: str, op
             assert (table - expected_table).abs().max() <= TOLERANCE
 
 
-def test_packed_weights_are_multiplied_by_kernels() -> None:
-    """4-bit experts and linears, with zero points, as a real quantiser wrote them."""
-    tokens = load_file(DATA / f"{PACKED}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()[:20]
+@pytest.mark.parametrize("weights", ["plain", "packed"])
+def test_experts_are_computed_by_kernels(tmp_path: Path, weights: str) -> None:
+    """Plain, or 4-bit with zero points as a real quantiser wrote them, linears included."""
+    if weights == "plain":
+        spec = tiny.CONFIGS["topk"]
+        path, tokens = tiny.write_checkpoint(tmp_path / "model", spec), tiny.prompt_tokens(spec)
+    else:
+        path = DATA / PACKED
+        tokens = load_file(DATA / f"{PACKED}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()
     with ops("reference"):
-        ((expected_tokens, expected_table),) = serve(DATA / PACKED, [tokens])
+        ((expected_tokens, expected_table),) = serve(path, [tokens[:12]])
     with ops("triton") as used:
-        ((actual_tokens, actual_table),) = serve(DATA / PACKED, [tokens])
-    assert used["packed_experts"] == used["packed_linear"] == "triton"
+        ((actual_tokens, actual_table),) = serve(path, [tokens[:12]])
+    kernels = {"fused_experts"} if weights == "plain" else {"packed_experts", "packed_linear"}
+    assert {used[op] for op in kernels} == {"triton"}
     assert actual_tokens == expected_tokens
     assert (actual_table - expected_table).abs().max() <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Small steps on a CPU from recordings: the model's Python would take most of their time.
+"""Decoding steps on a CPU from recordings: the model's Python would take most of their time.
 
 A recording serves every step of as many tokens whose inputs and caches lie where they lay: vLLM keeps them in buffers
 that never move. What a step sees of its context is rounded up to a power of two, so that few recordings serve it.
@@ -54,7 +54,11 @@ class StepReplay:
         tokens = positions.shape[0]
         if not isinstance(metadata, dict) or not 0 < tokens <= MOST_TOKENS:
             return self.compute(input_ids, positions)
-        bound = self._bound(metadata[self.caches[0].prefix].max_seq_len)
+        first = metadata[self.caches[0].prefix]
+        # Decoding steps alone: there are as many sizes of them as requests may run, and so of recordings.
+        if first.block_table.shape[0] != tokens:
+            return self.compute(input_ids, positions)
+        bound = self._bound(first.max_seq_len)
         addresses = self._addresses(input_ids, positions, metadata)
         key = tokens, bound
         if key not in self.steps:
@@ -77,13 +81,12 @@ class StepReplay:
     def _addresses(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: dict[str, DeepseekV4Metadata]
     ) -> tuple[int, ...]:
-        """Where a step's inputs lie, the KV cache first, whose parts move together; and how many requests there are."""
+        """Where a step's inputs lie, the KV cache first; its parts move together."""
         tokens = metadata[self.caches[0].prefix].num_tokens
         found = [self.caches[0].kv_cache.data_ptr(), input_ids.data_ptr(), positions.data_ptr(), tokens]
         for group in {id(m): m for m in metadata.values()}.values():
             table = group.block_table
-            found += table.data_ptr(), *table.shape, table.stride(0)
-            found += group.slot_mapping.data_ptr(), group.request.data_ptr()
+            found += table.data_ptr(), table.stride(0), group.slot_mapping.data_ptr(), group.request.data_ptr()
         return tuple(found)
 
     def _record(
