@@ -26,6 +26,7 @@ def profiling_step(monkeypatch, kind, index):
         FLASH, LAYERS[kind], formats, max_model_len=MAX_MODEL_LEN, prefix="model.layers.2.attn", registry={}
     )
     monkeypatch.setattr(caches, "get_forward_context", lambda: SimpleNamespace(attn_metadata=None))
+    monkeypatch.setattr(caches, "_compiles_at_use", lambda device: True)
     # vLLM's own positions may be left over from anything.
     return layer.step(torch.full((TOKENS,), 10**6)), list(layer.warm_up(torch.full((TOKENS,), 10**6)))
 

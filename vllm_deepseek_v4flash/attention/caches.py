@@ -19,6 +19,10 @@ from .metadata import DeepseekV4Metadata
 _DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+def _compiles_at_use(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class EntryCaches:
     """Where one compressor writes: its finished entries, and the states of the windows that are still open."""
@@ -87,11 +91,11 @@ class LayerCaches:
         )
 
     def warm_up(self, positions: torch.Tensor) -> Iterator[LayerStep]:
-        """In vLLM's profiling run: decoding steps of several sizes, on blank caches; otherwise none.
+        """In vLLM's profiling run on a GPU: decoding steps of several sizes, on blank caches; otherwise none.
 
         Kernels that Triton has not compiled by then, it compiles in somebody's request.
         """
-        if get_forward_context().attn_metadata is None:
+        if _compiles_at_use(positions.device) and get_forward_context().attn_metadata is None:
             for tokens in _DECODE_SIZES:
                 if tokens < positions.shape[0]:
                     yield self._blank_step(positions[:tokens], requests=tokens)
