@@ -82,6 +82,15 @@ def test_where_the_reply_starts(effort, switches):
     assert every_way(ours(), "text", **request) == reply
 
 
+CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+def test_the_rest_of_a_continued_answer_is_content():
+    """Whole only: streamed, vLLM looks at the prompt's ids (`test_a_continued_answer` in test_served.py)."""
+    assert whole(ours(), " and so on", reasoning_effort="high", **CONTINUED) == Reply("", " and so on")
+    assert whole(ours(), calls(invoke("g")), TOOLS, **CONTINUED) == Reply("", "", [("g", "{}")])
+
+
 @pytest.mark.parametrize(
     ("text", "content", "expected"),
     [
@@ -240,6 +249,10 @@ def test_stock_takes_the_answer_for_thinking():
     request = {"thinking": False, "enable_thinking": True, "reasoning_effort": "low"}  # as its server passes them on
     assert whole(stock(), "A", **request) == Reply("A", "")
     assert whole(ours(), "A", **request) == Reply("", "A")
+
+
+def test_stock_takes_the_rest_of_a_continued_answer_for_thinking():
+    assert whole(stock(), "A", **CONTINUED) == Reply("A", "")
 
 
 def test_stock_loses_think_tags_of_the_answer():

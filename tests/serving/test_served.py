@@ -141,6 +141,18 @@ def test_a_thinking_budget(client, question, budget):
     assert response.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_continued_answer(client, question, tokenizer, stream):
+    """The first half of an answer goes back; the model writes the other half, and none of it is thinking."""
+    reasoning, content, *_ = ask(client, [user(question["question"])])
+    half = len(content) // 2
+    messages = [user(question["question"]), answer(content[:half], reasoning=reasoning)]
+    body = {"continue_final_message": True, "add_generation_prompt": False}
+    found = ask(client, messages, stream=stream, extra_body=body)
+    assert found[:3] == ("", content[half:], [])
+    assert found[-1].prompt_token_ids == tokenizer.apply_chat_template(messages, **body)
+
+
 # ---- the other APIs
 
 

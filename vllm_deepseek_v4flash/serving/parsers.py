@@ -108,9 +108,9 @@ def unwrap(arguments: dict[str, Any], properties: Mapping[str, Any]) -> dict[str
 class V4Parser(DeepSeekV4Parser):
     """vLLM's parser with `parser_config`, `read_parameters` and `convert_value`.
 
-    With one of our tokenizers, whether it starts in the thinking follows the request's mode. vLLM's own rule differs
-    from any encoding in which "do not think" wins: given `thinking: false` and an effort, it takes the whole answer
-    for thinking.
+    With one of our tokenizers, whether it starts in the thinking follows the request's mode, and an answer that is
+    continued is no thinking. vLLM's own rule differs from any encoding in which "do not think" wins: given
+    `thinking: false` and an effort, it takes the whole answer for thinking; and the rest of a continued answer, too.
     """
 
     parser_config = staticmethod(parser_config)
@@ -125,7 +125,9 @@ class V4Parser(DeepSeekV4Parser):
                 enable_thinking=request.get("enable_thinking"),
                 reasoning_effort=request.get("reasoning_effort"),
             )
-            kwargs["chat_template_kwargs"] = {"thinking": mode.thinking}
+            # A message to be continued has its thoughts closed: the encoding cannot tell whole ones from cut ones.
+            continued = bool(request.get("continue_final_message"))
+            kwargs["chat_template_kwargs"] = {"thinking": mode.thinking and not continued}
         super().__init__(tokenizer, tools, **kwargs)
 
     def _convert_args(self, raw_args: str, partial: bool) -> str:
