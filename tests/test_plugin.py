@@ -421,17 +421,41 @@ def test_a_use_mla_that_no_longer_follows_falls_back(log, monkeypatch):
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_gpu_runs_eagerly_and_says_so(log, monkeypatch):
-    config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False))
-    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: True)
-    plugin._run_eagerly_on_a_gpu(config)
-    assert (config.model_config.enforce_eager, log) == (False, [])
-    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
-    for _ in range(2):
-        plugin._run_eagerly_on_a_gpu(config)
-    assert config.model_config.enforce_eager is True
-    assert len(log) == 1
-    assert "CUDA graphs are off" in log[0]
+@pytest.mark.parametrize(
+    ("cpu", "asked", "eager", "says"),
+    [
+        (True, None, False, []),
+        (False, None, True, ["CUDA graphs are off (as with --enforce-eager)"]),
+        (False, "NONE", False, []),
+        (False, "FULL_AND_PIECEWISE", False, ["CUDA graphs (FULL_AND_PIECEWISE) are on as asked"]),
+    ],
+)
+def test_a_gpu_runs_eagerly_unless_graphs_are_asked_for(log, monkeypatch, cpu, asked, eager, says):
+    from vllm.config import CUDAGraphMode
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False),
+        compilation_config=SimpleNamespace(cudagraph_mode=asked and CUDAGraphMode[asked]),
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: cpu)
+    plugin._leave_cuda_graphs_to_who_asks(config)
+    assert config.model_config.enforce_eager is eager
+    assert [line[: len(said)] for line, said in zip(log, says, strict=True)] == says
+    config.model_config.enforce_eager = True
+    plugin._leave_cuda_graphs_to_who_asks(config)
+    assert len(log) == len(says)
+
+
+@pytest.mark.usefixtures("registered")
+def test_vllm_has_not_filled_in_its_graph_mode_when_the_hook_asks(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        plugin, "_leave_cuda_graphs_to_who_asks", lambda config: seen.append(config.compilation_config.cudagraph_mode)
+    )
+    model = write_config(tmp_path / "model")
+    engine_config(model)
+    engine_config(model, compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"})
+    assert [mode and mode.name for mode in seen] == [None, "FULL_AND_PIECEWISE"]
 
 
 @pytest.mark.usefixtures("registered")

@@ -9,6 +9,7 @@ must not, and does not.
 
 from __future__ import annotations
 
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_pp_group,

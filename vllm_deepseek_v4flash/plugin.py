@@ -172,7 +172,7 @@ def _install_config_hook() -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             check_engine_config(vllm_config)
-            _run_eagerly_on_a_gpu(vllm_config)
+            _leave_cuda_graphs_to_who_asks(vllm_config)
             _warm_up_pipeline_stages_on_a_cpu(vllm_config)
             enable_thinking_budget(vllm_config)
             original.verify_and_update_config(vllm_config)
@@ -207,14 +207,23 @@ def _quant_method(hf_config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def _run_eagerly_on_a_gpu(vllm_config: VllmConfig) -> None:
-    """Turn CUDA graphs off, and say so: no kernel of ours has been captured on a GPU yet."""
+def _leave_cuda_graphs_to_who_asks(vllm_config: VllmConfig) -> None:
+    """Turn CUDA graphs off unless a mode was named, and say so: they have been tried on a CPU's imitation only."""
     from vllm.platforms import current_platform
 
     model_config = vllm_config.model_config
-    if not current_platform.is_cpu() and not model_config.enforce_eager:
+    # vLLM fills in its default later, so a mode that is there by now is the user's.
+    asked = vllm_config.compilation_config.cudagraph_mode
+    if current_platform.is_cpu() or model_config.enforce_eager:
+        return
+    if asked is None:
         model_config.enforce_eager = True
-        logger.info("CUDA graphs are off (as with --enforce-eager): this version's kernels are not tried in them yet.")
+        logger.info(
+            "CUDA graphs are off (as with --enforce-eager): none of this version's has run on a GPU yet. "
+            "-cc.cudagraph_mode=FULL_AND_PIECEWISE turns them on, and `make gpu-check` compares their tokens."
+        )
+    elif asked:
+        logger.info("CUDA graphs (%s) are on as asked; none of this version's has run on a GPU yet.", asked.name)
 
 
 def _warm_up_pipeline_stages_on_a_cpu(vllm_config: VllmConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,8 @@ class DeepseekV4Metadata(AttentionMetadata):
 class DeepseekV4MetadataBuilder(AttentionMetadataBuilder[DeepseekV4Metadata]):
     """Builds the metadata of one cache group without waiting for the device and without a loop over tokens."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # Of decoding steps only: how many tokens a request has decides which kernels run, and a graph cannot ask.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -46,6 +48,7 @@ class DeepseekV4MetadataBuilder(AttentionMetadataBuilder[DeepseekV4Metadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # The same for every group: the V1 runner reorders the batch by the smallest of all thresholds.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._max_model_len = vllm_config.model_config.max_model_len
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._token_index = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self._request = torch.zeros(max_tokens, dtype=torch.int32, device=device)
@@ -67,3 +70,8 @@ class DeepseekV4MetadataBuilder(AttentionMetadataBuilder[DeepseekV4Metadata]):
             request=request,
             max_seq_len=common.max_seq_len,
         )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DeepseekV4Metadata:
+        """The metadata that a graph is captured with: whichever requests replay it, none is longer than this says."""
+        metadata = self.build(0, common_attn_metadata)
+        return dataclasses.replace(metadata, max_seq_len=self._max_model_len)

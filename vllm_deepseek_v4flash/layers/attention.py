@@ -12,6 +12,7 @@ from ..compat import (
     ColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    eager_break_during_capture,
     get_tensor_model_parallel_world_size,
 )
 from ..config import DeepseekV4Config, LayerKind
@@ -80,6 +81,9 @@ class DeepseekV4Attention(nn.Module):
         compressors = [c for c in (self.compressor, self.indexer and self.indexer.compressor) if c is not None]
         self.project = Together(self.wq_a, self.wkv, *(linear for c in compressors for linear in (c.wkv, c.wgate)))
         self.caches = caches
+        # Piecewise CUDA graphs stop before this and go on after it. vLLM's decorator asks once whether they are wanted,
+        # and knows when the model is built.
+        self.attend = eager_break_during_capture(self._attend)
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor
@@ -93,17 +97,29 @@ class DeepseekV4Attention(nn.Module):
         Returns:
             [T, hidden], the dtype of `x`.
         """
+        o = x.new_empty(x.shape[0], self.heads, self.dim)
+        self.attend(x, positions, cos_sin, inv_freq, o)
+        return self.wo_b(self.wo_a(o.view(x.shape[0], self.groups, self.heads // self.groups * self.dim)))
+
+    def _attend(
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor, o: torch.Tensor
+    ) -> None:
+        """Put what the tokens attend to into `o` [T, heads, head_dim], rotated back; zeros for padding.
+
+        The caches, and with them the number of tokens, are those of the step in which this is called.
+        """
         step = self.caches.step(positions)
-        n, padded = step.positions.shape[0], x.shape[0]
+        n = step.positions.shape[0]
         for small in self.caches.warm_up(positions):
             tokens = small.positions.shape[0]
-            self._attend(x[:tokens], cos_sin[:tokens], inv_freq, small)
-        o = self._attend(x[:n], cos_sin[:n], inv_freq, step)
-        if n < padded:
-            o = torch.cat((o, o.new_zeros(padded - n, *o.shape[1:])))
-        return self.wo_b(self.wo_a(o.unflatten(1, (self.groups, -1)).flatten(2)))
+            self._compute(x[:tokens], cos_sin[:tokens], inv_freq, small, o[:tokens])
+        self._compute(x[:n], cos_sin[:n], inv_freq, step, o[:n])
+        if n < x.shape[0]:
+            o[n:].zero_()
 
-    def _attend(self, x: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def _compute(
+        self, x: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor, step: LayerStep, o: torch.Tensor
+    ) -> None:
         qr, kv, *states = self.project(x)
         qr, kv = self.q_norm(qr), self.kv_norm(kv)
         q = self.wq_b(qr).view(-1, self.heads, self.dim)
@@ -115,9 +131,9 @@ class DeepseekV4Attention(nn.Module):
             entries = step.main.entries
         if self.indexer is not None:
             indices = self.indexer(x, qr, *states[2:], cos_sin, inv_freq, step)
-        return sparse_attention(
+        sparse_attention(
             q, self.attn_sink, step.positions, step.request, step.window,
             window_size=self.window_size, scale=self.scale,
             entries=entries, indices=indices, ratio=self.ratio, max_entries=step.max_entries,
-            cos_sin=cos_sin,
+            cos_sin=cos_sin, out=o,
         )  # fmt: skip

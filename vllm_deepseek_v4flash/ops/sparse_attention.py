@@ -23,6 +23,7 @@ def sparse_attention(
     ratio: int = 0,
     max_entries: int = 0,
     cos_sin: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from the token at position t to window rows max(0, t - window_size + 1)..t and to compressed entries.
 
@@ -40,6 +41,7 @@ def sparse_attention(
         indices: [T, K] int32 (CSA), or None to attend to every visible entry (HCA).
         max_entries: no token sees more entries than this (a host number).
         cos_sin: [T, R] fp32 at the tokens' positions, to rotate the result back; None leaves it as it is.
+        out: [T, H, D] contiguous, the dtype of `q`, where the result is to lie; None makes a new tensor.
 
     Returns:
         [T, H, D], the dtype of `q`; rounded to it once, after the rotation.
@@ -57,9 +59,14 @@ def sparse_attention(
             raise ValueError(f"{name} rows have {cache.format.dim} values, the queries {dim}")
     if entries is not None and entries.format != window.format:
         raise ValueError(f"window rows and entries must be stored alike, got {window.format} and {entries.format}")
+    if out is not None:
+        check_shape("out", out, (num_tokens, heads, dim))
+        check_dtype("out", out, q.dtype)
+        if not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, its strides are {out.stride()}")
     if entries is not None and ratio < 1:
         raise ValueError(f"compressed entries need their ratio, got {ratio}")
     return implementation("sparse_attention", q.device)(
         q, sinks, positions, request, window, window_size=window_size, scale=scale,
-        entries=entries, indices=indices, ratio=ratio, max_entries=max_entries, cos_sin=cos_sin,
+        entries=entries, indices=indices, ratio=ratio, max_entries=max_entries, cos_sin=cos_sin, out=out,
     )  # fmt: skip

@@ -30,10 +30,11 @@ def sparse_attention(
     ratio: int = 0,
     max_entries: int = 0,
     cos_sin: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens, heads, dim = q.shape
     q, sinks, positions, request, indices, cos_sin = packed(q, sinks, positions, request, indices, cos_sin)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     num_entries = 0 if entries is None else max_entries if indices is None else indices.shape[1]
     padded = -(-heads // 4) * 4
     threads.run(

@@ -22,8 +22,9 @@ def sparse_attention(
     ratio: int = 0,
     max_entries: int = 0,
     cos_sin: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     if entries is None:
         num_entries = 0
     else:

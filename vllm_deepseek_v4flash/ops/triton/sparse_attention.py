@@ -46,10 +46,11 @@ def sparse_attention(
     ratio: int = 0,
     max_entries: int = 0,
     cos_sin: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens, heads, dim = q.shape
     device, fmt = device_of(q), window.format
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     num_entries = 0 if entries is None else max_entries if indices is None else indices.shape[1]
     if entries is None or not num_entries:
         entries, indices, ratio = window, None, 0
