@@ -242,6 +242,24 @@ def test_local_experts(tensors: dict[str, torch.Tensor]) -> None:
             assert one[5:].isnan().all()
 
 
+def test_a_shared_expert_without_parameters_is_one_more_of_the_stack(tensors: dict[str, torch.Tensor]) -> None:
+    model: Any = FakeModel(CONFIG)
+    experts, inter, hidden = CONFIG.n_routed_experts, CONFIG.moe_intermediate_size, CONFIG.hidden_size
+    ffn = model.get_submodule("model.layers.1.ffn")
+    del ffn.shared_experts
+    for name, shape in (("w13", (experts + 1, 2 * inter, hidden)), ("w2", (experts + 1, hidden, inter))):
+        model._add(f"model.layers.1.ffn.experts.{name}_weight", shape).weight_loader = _stacked_loader
+    assert load_weights(model, CONFIG, tensors.items()) == set(dict(model.named_parameters()))
+    shared = {n: tensors[f"layers.1.ffn.shared_experts.{n}.weight"] for n in ("w1", "w2", "w3")}
+    assert torch.equal(ffn.experts.w13_weight[experts], torch.cat([shared["w1"], shared["w3"]]))
+    assert torch.equal(ffn.experts.w2_weight[experts], shared["w2"])
+    last = tensors[f"layers.1.ffn.experts.{experts - 1}.w2.weight"]
+    assert torch.equal(ffn.experts.w2_weight[experts - 1], last)
+    missing = {name: tensor for name, tensor in tensors.items() if name != "layers.1.ffn.shared_experts.w3.weight"}
+    with pytest.raises(CheckpointError, match=r"missing: layers\.1\.ffn\.shared_experts\.w3\.weight"):
+        load_weights(model, CONFIG, missing.items())
+
+
 def test_own_weight_loader_is_used(tensors: dict[str, torch.Tensor]) -> None:
     model = FakeModel(CONFIG)
     parameter: Any = dict(model.named_parameters())["model.layers.0.attn.attn_sink"]

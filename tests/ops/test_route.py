@@ -90,6 +90,21 @@ def test_weights_sum_to_the_scaling_unless_told_otherwise(device, rng):
     check(actual, oracle(logits, 4, None, None, 1.5, renormalize=False), 4, logits)
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(9, 256, 6), (3, 8, 4), (0, 8, 2)])
+def test_the_shared_expert_is_listed_last_with_weight_1(device, rng, tokens, experts, topk, hashed):
+    logits = normal(rng, tokens, experts, device=device)
+    bias = None if hashed else normal(rng, experts, device=device)
+    table = torch.randint(0, experts, (tokens, topk), generator=rng).to(device) if hashed else None
+    weights, ids = route(logits, topk, bias=bias, expert_ids=table, scaling=1.5, shared=True)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int64)
+    assert ids[:, topk].tolist() == [experts] * tokens
+    assert weights[:, topk].tolist() == [1.0] * tokens
+    assert weights.is_contiguous()
+    assert ids.is_contiguous()
+    check((weights[:, :topk], ids[:, :topk]), oracle(logits, topk, bias, table, 1.5), topk, logits)
+
+
 def test_logits_may_be_part_of_a_wider_tensor(device, rng):
     logits = normal(rng, 5, 40, device=device)[:, 3:35:2]
     table = torch.stack((torch.arange(5), torch.arange(5) + 9, torch.arange(5) + 4), dim=1).to(device)[:, ::2]

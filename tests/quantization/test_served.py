@@ -36,6 +36,14 @@ def resident_share(model: torch.nn.Module) -> float:
     return packed / dense
 
 
+def shared_experts_ride(model: torch.nn.Module) -> bool:
+    """Whether every layer's shared expert is one of the stacked experts, or none is."""
+    (found,) = {layer.ffn.shared_experts is None for layer in model.model.layers}
+    experts = {layer.ffn.experts.local_experts for layer in model.model.layers}
+    assert experts == {model.config.n_routed_experts + found}
+    return found
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_logprobs_are_those_of_the_tools_dequantised_weights(name: str) -> None:
     reference = load_file(DATA / f"{name}.ref" / "logits.safetensors")
@@ -44,6 +52,8 @@ def test_logprobs_are_those_of_the_tools_dequantised_weights(name: str) -> None:
     with running(DATA / name) as llm:
         served = full_logprobs(llm, [tokens])[0]
         share = llm.apply_model(resident_share)[0]
+        # These tools pack the shared expert as they pack the others.
+        assert llm.apply_model(shared_experts_ride) == [True]
     assert (served - expected).abs().max() <= TOLERANCE
     # 4 bits, a scale of 16 bits and perhaps a zero of 8 for each group: at most 0.297 of bf16, for groups of 32.
     assert share <= 0.30
@@ -88,6 +98,7 @@ def test_deepseeks_own_formats(experts: Any, scale_dtype: torch.dtype, tmp_path:
     expected = oracle.logprobs(oracle.load_oracle(plain), tokens)
     with running(packed) as llm:
         served = full_logprobs(llm, [tokens])[0]
+        assert llm.apply_model(shared_experts_ride) == [experts == "fp8"]
     assert (served - expected).abs().max() <= TOLERANCE
 
 

@@ -51,7 +51,8 @@ def load_weights(
         model: has a parameter (or buffer) `model.X` for native tensor X, `head.weight`, and for each layer
             stacked `ffn.experts.w13_weight` and `.w2_weight`, whose `weight_loader(parameter, tensor,
             shard_id="w1" | "w2" | "w3", expert_id=E)` places one expert's matrix. Any other parameter is
-            filled by its `weight_loader(parameter, tensor)`; without one it takes the whole tensor.
+            filled by its `weight_loader(parameter, tensor)`; without one it takes the whole tensor. A model without
+            parameters for the shared expert has it in the stack, as expert number `n_routed_experts`.
         weights: (stored name, full tensor), in any order; consumed once.
         local_layers: the layers of this pipeline stage; None for all. What belongs to another stage is
             checked when it comes by, and need not come.
@@ -217,6 +218,9 @@ class _Load:
     def _fill(self, native: str, tensor: torch.Tensor) -> None:
         """Hand one tensor to the parameter that takes it, or takes a share of it."""
         target, expert, shard = _target(native)
+        if ".shared_experts." in native and target not in self.parameters:
+            routed = native.replace(".shared_experts.", f".experts.{self.config.n_routed_experts}.")
+            target, expert, shard = _target(routed)
         parameter = self.parameters.get(target)
         if parameter is None:
             self._problem("unplaceable", native, f"has {list(tensor.shape)}, the model has no {target}")

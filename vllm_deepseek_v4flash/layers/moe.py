@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import logger_name
 from ..compat import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -18,17 +21,22 @@ from ..config import DeepseekV4Config
 from ..ops.fused_experts import fused_experts
 from ..ops.route import route
 from ..ops.swiglu import swiglu
-from ..quantization.methods import UnquantizedExpertsMethod
+from ..quantization.methods import UnquantizedExpertsMethod, packed_apart
 from .linear import Fp32Linear, Together, quick, shortest
+
+logger = logging.getLogger(logger_name(__name__))
 
 
 class Router(Fp32Linear):
-    """Scores in fp32; the first `num_hash_layers` layers choose by token id, the others by biased top-k."""
+    """Scores in fp32; the first `num_hash_layers` layers choose by token id, the others by biased top-k.
 
-    def __init__(self, config: DeepseekV4Config, layer: int, *, quant_config: Any, prefix: str) -> None:
+    With `shared`, every token's list ends with the shared expert, number `n_routed_experts`, and its weight 1.
+    """
+
+    def __init__(self, config: DeepseekV4Config, layer: int, *, shared: bool, quant_config: Any, prefix: str) -> None:
         super().__init__(config.hidden_size, config.n_routed_experts, quant_config=quant_config, prefix=prefix)
         self.topk, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
-        self.renormalize = config.norm_topk_prob
+        self.renormalize, self.shared = config.norm_topk_prob, shared
         self.hashed = layer < config.num_hash_layers
         if self.hashed:
             table = torch.empty(config.vocab_size, self.topk, dtype=torch.int32)
@@ -46,7 +54,7 @@ class Router(Fp32Linear):
             expert_ids = self.tid2eid[input_ids]
         return route(
             self(x), self.topk, bias=None if self.hashed else self.bias, expert_ids=expert_ids,
-            scaling=self.scaling, renormalize=self.renormalize,
+            scaling=self.scaling, renormalize=self.renormalize, shared=self.shared,
         )  # fmt: skip
 
 
@@ -64,10 +72,13 @@ class ExpertsMethod(UnquantizedExpertsMethod):
 class RoutedExperts(nn.Module):
     """The routed experts' weights, stacked; how they are stored is the quantisation method's affair.
 
-    With tensor parallelism every rank holds a slice of each expert's I; with expert parallelism, whole experts.
+    With tensor parallelism every rank holds a slice of each expert's I; with expert parallelism, whole experts. With
+    `shared`, which expert parallelism excludes, the shared expert is one more, behind the routed ones.
     """
 
-    def __init__(self, config: DeepseekV4Config, *, expert_parallel: bool, quant_config: Any, prefix: str) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, *, expert_parallel: bool, shared: bool, quant_config: Any, prefix: str
+    ) -> None:
         super().__init__()
         tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         experts, inner = config.n_routed_experts, config.moe_intermediate_size
@@ -75,7 +86,7 @@ class RoutedExperts(nn.Module):
         if split % tp_size:
             raise ValueError(f"--tensor-parallel-size {tp_size} must divide {what}, {split}: use one that does")
         self.limit = config.swiglu_limit
-        self.local_experts = experts // tp_size if expert_parallel else experts
+        self.local_experts = experts // tp_size if expert_parallel else experts + shared
         self.first_expert = tp_rank * self.local_experts if expert_parallel else 0
         self.full_inner = inner
         self.inner = inner if expert_parallel else inner // tp_size
@@ -124,6 +135,28 @@ class SharedExpert(nn.Module):
         return self.w2(swiglu(gate, up, self.limit).to(x.dtype))
 
 
+def rides_along(quant_config: Any, expert_parallel: bool, prefix: str) -> bool:
+    """Whether a layer's shared expert is computed as one more of the routed experts, in the same launches.
+
+    That takes weights packed alike, and every expert on every rank.
+    """
+    if expert_parallel:
+        apart: str | None = "ranks hold different experts"
+    else:
+        apart = packed_apart(getattr(quant_config, "plan", {}), prefix)
+    _tell(apart)
+    return apart is None
+
+
+@functools.cache
+def _tell(apart: str | None) -> None:
+    """Once for all layers of a kind."""
+    if apart is None:
+        logger.info("Shared experts run as one more of the routed experts, which are packed alike.")
+    else:
+        logger.info("Shared experts run apart from the routed ones: %s.", apart)
+
+
 class MoE(nn.Module):
     """Routed experts plus the shared one, summed in fp32."""
 
@@ -131,14 +164,21 @@ class MoE(nn.Module):
         self, config: DeepseekV4Config, layer: int, *, expert_parallel: bool, quant_config: Any, prefix: str
     ) -> None:
         super().__init__()
-        self.gate = Router(config, layer, quant_config=quant_config, prefix=f"{prefix}.gate")
+        expert_parallel = expert_parallel and get_tensor_model_parallel_world_size() > 1
+        shared = rides_along(quant_config, expert_parallel, prefix)
+        self.gate = Router(config, layer, shared=shared, quant_config=quant_config, prefix=f"{prefix}.gate")
         self.experts = RoutedExperts(
-            config, expert_parallel=expert_parallel, quant_config=quant_config, prefix=f"{prefix}.experts"
-        )
-        self.shared_experts = SharedExpert(config, quant_config=quant_config, prefix=f"{prefix}.shared_experts")
+            config, expert_parallel=expert_parallel, shared=shared, quant_config=quant_config,
+            prefix=f"{prefix}.experts",
+        )  # fmt: skip
+        self.shared_experts = None
+        if not shared:
+            self.shared_experts = SharedExpert(config, quant_config=quant_config, prefix=f"{prefix}.shared_experts")
 
     def forward(self, x: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         """[T, H] normed, token ids [T] for the hash layers; to [T, H], same dtype."""
         weights, expert_ids = self.gate.select(x, input_ids)
-        out = self.experts(x, weights, expert_ids) + self.shared_experts(x).float()
+        out = self.experts(x, weights, expert_ids)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x).float()
         return tensor_model_parallel_all_reduce(out).to(x.dtype)

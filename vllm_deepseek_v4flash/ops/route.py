@@ -16,6 +16,7 @@ def route(
     expert_ids: torch.Tensor | None,
     scaling: float,
     renormalize: bool = True,
+    shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `topk` experts per token and weigh them.
 
@@ -31,9 +32,10 @@ def route(
             applies.
         scaling: `routed_scaling_factor`.
         renormalize: `norm_topk_prob`.
+        shared: list in one more column the expert that every token visits, number E, with weight 1.
 
     Returns:
-        weights [T, topk] fp32 and expert indices [T, topk] int64.
+        weights [T, K] fp32 and expert indices [T, K] int64; K is topk, or with `shared` one more.
     """
     check_dtype("logits", logits, torch.float32)
     if not 0 < topk <= logits.shape[1]:
@@ -43,5 +45,5 @@ def route(
     if bias is not None:
         check_shape("bias", bias, (logits.shape[1],))
     return implementation("route", logits.device)(
-        logits, topk, bias=bias, expert_ids=expert_ids, scaling=scaling, renormalize=renormalize
+        logits, topk, bias=bias, expert_ids=expert_ids, scaling=scaling, renormalize=renormalize, shared=shared
     )

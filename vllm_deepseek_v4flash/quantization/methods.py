@@ -37,6 +37,24 @@ def method_for(plan: Mapping[str, PackedModule], layer: nn.Module, prefix: str) 
     return None
 
 
+def packed_apart(plan: Mapping[str, PackedModule], prefix: str) -> str | None:
+    """Why the shared expert of the MoE layer `prefix` cannot lie in the routed experts' stacks; None where it can."""
+    ffn = prefix.removeprefix("model.")
+    for name in ("w1", "w3", "w2"):
+        routed, shared = (plan.get(f"{ffn}.{expert}.{name}") for expert in ("experts.0", "shared_experts"))
+        if routed is None or shared is None:
+            return "both would have to be packed"
+        if routed.scheme != shared.scheme:
+            return f"their {name} is {_summary(shared.scheme)}, the routed ones' {_summary(routed.scheme)}"
+    return None
+
+
+def _summary(scheme: Scheme) -> str:
+    """What tells a scheme from others of equal shape."""
+    extras = " with zeros" * scheme.zero_points + " in activation order" * scheme.act_order
+    return f"{scheme.kind} in groups of {scheme.group_size}{extras} ({scheme.scale_dtype} scales)"
+
+
 def load_shard(param: torch.Tensor, loaded: torch.Tensor, rank: int) -> None:
     """Copy into `param` this rank's part of `loaded`: in each dimension that is longer there, part number `rank`."""
     for dim, (size, whole) in enumerate(zip(param.shape, loaded.shape, strict=True)):

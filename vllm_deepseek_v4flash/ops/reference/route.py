@@ -12,6 +12,7 @@ def route(
     expert_ids: torch.Tensor | None,
     scaling: float,
     renormalize: bool = True,
+    shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = F.softplus(logits).sqrt()
     if expert_ids is None:
@@ -22,4 +23,7 @@ def route(
     weights = scores.gather(1, expert_ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights * scaling, expert_ids
+    weights = weights * scaling
+    if shared:
+        weights, expert_ids = F.pad(weights, (0, 1), value=1.0), F.pad(expert_ids, (0, 1), value=logits.shape[1])
+    return weights, expert_ids

@@ -17,18 +17,19 @@ def route(
     expert_ids: torch.Tensor | None,
     scaling: float,
     renormalize: bool = True,
+    shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, experts = logits.shape
-    weights = torch.empty((num_tokens, topk), dtype=torch.float32, device=logits.device)
-    chosen = torch.empty((num_tokens, topk), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((num_tokens, topk + shared), dtype=torch.float32, device=logits.device)
+    chosen = torch.empty((num_tokens, topk + shared), dtype=torch.int64, device=logits.device)
     block_e = block(experts)
     block_t = max(1, _TILE // block_e)
     launch(
         _route, (triton.cdiv(num_tokens, block_t),),
         logits, *logits.stride(), None if bias is None else bias.contiguous(),
         None if expert_ids is None else expert_ids.contiguous(), weights, chosen, num_tokens, scaling,
-        EXPERTS=experts, TOPK=topk, RENORMALIZE=renormalize, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block(topk),
-        num_warps=1,
+        EXPERTS=experts, TOPK=topk, RENORMALIZE=renormalize, SHARED=shared,
+        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block(topk + shared), num_warps=1,
     )  # fmt: skip
     return weights, chosen
 
@@ -36,15 +37,14 @@ def route(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits, stride, expert_stride, bias, expert_ids, weights, chosen, num_tokens, scaling,
-    EXPERTS: tl.constexpr, TOPK: tl.constexpr, RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr, TOPK: tl.constexpr, RENORMALIZE: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = (t < num_tokens) & (k < TOPK)
-    at = t * TOPK + k
     if expert_ids is not None:
-        ids = tl.load(expert_ids + at, mask=mask, other=0).to(tl.int64)
+        ids = tl.load(expert_ids + t * TOPK + k, mask=mask, other=0).to(tl.int64)
     else:
         ids = _best(logits, stride, expert_stride, bias, t, t < num_tokens, k, EXPERTS, TOPK, BLOCK_T, BLOCK_E, BLOCK_K)
     picked = mask & (ids >= 0) & (ids < EXPERTS)
@@ -52,7 +52,13 @@ def _route(
     if RENORMALIZE:
         # Beyond the last token nothing is picked; 0 / 0 there would only make the interpreter warn.
         share = share / tl.where(t < num_tokens, tl.sum(share, axis=1)[:, None], 1.0)
-    tl.store(weights + at, share * scaling, mask=mask)
+    share *= scaling
+    WIDTH: tl.constexpr = TOPK + 1 if SHARED else TOPK
+    if SHARED:
+        mask = (t < num_tokens) & (k < WIDTH)
+        share, ids = tl.where(k == TOPK, 1.0, share), tl.where(k == TOPK, EXPERTS, ids)
+    at = t * WIDTH + k
+    tl.store(weights + at, share, mask=mask)
     tl.store(chosen + at, ids, mask=mask)
 
 
