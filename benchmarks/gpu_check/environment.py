@@ -1,0 +1,44 @@
+"""The environment of the parts: where Python finds the repository and the plugin, and how vLLM is to behave.
+
+A GPU machine may hold a copy of the repository that no pip has installed. vLLM finds plugins by the metadata of
+installed packages alone, in every process that it starts, so the parts get a directory with such metadata on
+PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+V2_ON_CPU = ROOT / "tests" / "v2_on_cpu"
+
+
+def write_metadata(directory: Path) -> Path:
+    """The metadata that an installation of this repository would have; returns `directory`, for PYTHONPATH."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = directory / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def part_environment(metadata: Path, dry: bool) -> dict[str, str]:
+    """All variables of a part's process. metadata: the directory of `write_metadata`."""
+    path = [str(metadata), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    settings = {
+        # Engines run in the part's own process: their memory, kernels and scheduler can be looked at.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if dry:
+        path.insert(0, str(V2_ON_CPU))
+        settings |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+    return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(path)}
