@@ -216,6 +216,12 @@ def test_bad_requests_get_a_400_and_the_server_goes_on(client, body, words):
     assert ask(client, [user("1+1?")], max_tokens=1)[-1].usage.completion_tokens == 1
 
 
+def test_stock_ignores_unknown_parameters(client):
+    """Of any client; with the middleware StrictRequests, which this server has not, they are refused."""
+    thoughts = ask(client, [user("14+36?")], extra_body={"frobnicate": 1, "thinking": {"type": "disabled"}})[0]
+    assert thoughts
+
+
 # ---- tools
 
 

@@ -5,6 +5,8 @@ The API server needs this and none of the model's imports, a worker the other wa
 
 from __future__ import annotations
 
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.parser.deepseek_v4 import DeepSeekV4Parser, deepseek_v4_config
 from vllm.parser.engine.adapters import ParserEngineReasoningAdapter, ParserEngineToolAdapter
 from vllm.parser.engine.parser_engine_config import ParserState
