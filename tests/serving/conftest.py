@@ -9,11 +9,14 @@ from pathlib import Path
 import openai
 import pytest
 
+from benchmarks.asking import ENVIRONMENT, REQUEST_TIMEOUT, Question, ask_each_alone, make_prompts, vllm_options
 from benchmarks.server import Server
-from benchmarks.soak import ENVIRONMENT, REQUEST_TIMEOUT, Question, ask_each_alone, make_prompts, vllm_options
 from tests.tiny import TOY
 
-CHAT_OPTIONS = ("--reasoning-parser", "deepseek_v4", "--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4")
+CHAT_OPTIONS = (
+    "--reasoning-parser", "deepseek_v4", "--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4",
+    "--middleware", "vllm_deepseek_v4flash.serving.middleware.StrictRequests",
+)  # fmt: skip
 
 
 class Servers:
@@ -39,7 +42,8 @@ class Servers:
             self._server.kill()
 
 
-@pytest.fixture(scope="session")
+# For the folder, not the session: an idle server holds 2 GiB. With pytest-xdist each worker has its own.
+@pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     servers = Servers(tmp_path_factory.mktemp("servers"))
     yield servers
@@ -57,12 +61,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def questions(servers: Servers) -> list[Question]:
     """Prompts of 1 to 640 tokens, some of which share 256 or 512, with their answers when each is asked alone."""
     return asyncio.run(ask_each_alone(servers.get(), make_prompts(20, seed=0), 24))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that end the server come last, so that it is started no more often than it must be."""
-    items.sort(key=lambda item: item.path.name == "test_shutdown.py" and item.path.parent.name == "serving")

@@ -1,4 +1,4 @@
-"""The real `openai` client, sync, async and streaming, 32 at once, and clients that hang up."""
+"""`vllm serve` and the real `openai` client: sync, async, streaming, 32 at once, hanging up; and /metrics of it all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import openai
 import pytest
 
+from benchmarks.asking import CACHED_STEP, Question, all_blocks_free, ask, client_of
 from benchmarks.server import Server
-from benchmarks.soak import Question, all_blocks_free, ask, client_of
 from tests.tiny import TOY
 
 CLIENTS = 32
+HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,49 @@ def expected(example: dict[str, Any]) -> tuple[str, str]:
 def check_chat(example: dict[str, Any], thoughts: str, answer: str, token_ids: list[int]) -> None:
     assert (thoughts.strip(), answer.strip()) == expected(example)
     assert token_ids == example["greedy_token_ids"]
+
+
+def test_every_process_has_our_class(server: Server) -> None:
+    """The front end speaks before vLLM puts a process's name before its lines; the others have theirs."""
+    names = ("EngineCore", "Worker")
+    lines = [line for line in server.output().splitlines() if "is served by vllm_deepseek_v4flash.model:" in line]
+    speakers = sorted(next((name for name in names if name in line), "front end") for line in lines)
+    assert speakers == ["EngineCore", "Worker", "front end"], lines
+
+
+def test_completion(client: openai.OpenAI, example: dict[str, Any]) -> None:
+    """With the chat's prompt, ready made: the reply is as transformers gives it, thoughts and all."""
+    completion = client.completions.create(
+        model=Server.NAME, prompt=example["prompt"], temperature=0.0, max_tokens=64,
+        extra_body={"return_token_ids": True, "add_special_tokens": False},
+    )  # fmt: skip
+    (choice,) = completion.choices
+    assert choice.token_ids == example["greedy_token_ids"]
+    assert choice.text.strip().endswith(example["answer"])
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"reasoning_effort": "none"},
+        {"extra_body": {"chat_template_kwargs": {"thinking": False}}},
+        # These two by the middleware StrictRequests.
+        {"extra_body": {"chat_template_kwargs": {"reasoning_effort": "none"}}},
+        {"extra_body": {"thinking": {"type": "disabled"}}},
+    ],
+    ids=str,
+)
+def test_chat_without_thinking(client: openai.OpenAI, switches: dict[str, Any]) -> None:
+    """Beside an effort that thinks, where it is not itself the effort."""
+    rows = [json.loads(line) for line in (TOY / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    row = next(row for row in rows if row["greedy_correct"] and not row["thinking"])
+    options = chat_options(row)
+    extra = options["extra_body"] | switches.get("extra_body", {})
+    reply = client.chat.completions.create(**options | switches | {"extra_body": extra})
+    (choice,) = reply.choices
+    assert choice.token_ids == row["greedy_token_ids"]
+    assert (choice.message.reasoning, choice.message.content.strip()) == (None, row["answer"])
 
 
 def test_chat(client: openai.OpenAI, example: dict[str, Any]) -> None:
@@ -124,3 +168,51 @@ def test_blocks_of_clients_that_hang_up_are_freed(server: Server, questions: lis
 async def ask_once(server: Server, question: Question) -> tuple[int, ...]:
     async with client_of(server) as client:
         return tuple(await ask(client, question.prompt, len(question.answer)))
+
+
+# ---- /metrics shows what an operator needs
+
+
+def test_prefix_cache_hits_are_counted(server: Server, client: openai.OpenAI) -> None:
+    """The second request finds the whole pages of its beginning: 256 tokens of 300, and of 290 shared ones."""
+    stem = [0] + [random.randrange(3, 264) for _ in range(289)]
+    before, replies = server.metrics(), []
+    for tail in ([7] * 10, [8] * 10):
+        replies.append(client.completions.create(model=Server.NAME, prompt=stem + tail, max_tokens=2, temperature=0.0))
+    after = server.metrics()
+    assert after[QUERIES] - before[QUERIES] == 600
+    assert after[HITS] - before[HITS] == CACHED_STEP
+    counted = {
+        name: after[name] - before[name] for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    }
+    usages = [reply.usage for reply in replies]
+    assert counted["vllm:prompt_tokens_total"] == sum(usage.prompt_tokens for usage in usages) == 600
+    assert counted["vllm:generation_tokens_total"] == sum(usage.completion_tokens for usage in usages)
+
+
+def test_a_short_prompt_is_no_hit(server: Server, client: openai.OpenAI) -> None:
+    prompt = [0] + [random.randrange(3, 264) for _ in range(CACHED_STEP - 2)]
+    before = server.metrics()
+    for _ in range(2):
+        client.completions.create(model=Server.NAME, prompt=prompt, max_tokens=1, temperature=0.0)
+    assert server.metrics()[HITS] == before[HITS]
+
+
+def test_nothing_is_in_use_when_nothing_runs(server: Server) -> None:
+    assert asyncio.run(all_blocks_free(server)) == 0.0
+    metrics = server.metrics()
+    assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
+
+
+def test_refused_requests_are_counted(server: Server, client: openai.OpenAI) -> None:
+    """By their status, so that a client that sends nonsense can be seen."""
+
+    def refused() -> float:
+        return server.metrics(status="4xx", handler="/v1/completions").get("http_requests_total", 0.0)
+
+    before = refused()
+    for _ in range(3):
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="other", prompt="a")
+    client.completions.create(model=Server.NAME, prompt="a", max_tokens=1)
+    assert refused() - before == 3

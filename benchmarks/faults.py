@@ -1,0 +1,92 @@
+"""Signals to the processes of a `vllm serve` that is at work, and what its clients and its log must see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+
+from benchmarks.asking import FAILURE_TIMEOUT, MAX_MODEL_LEN, STOP_TIMEOUT, ask, client_of
+from benchmarks.server import FRONT_END, Server
+
+FAULT_PROMPT = (0, 5, 6)
+# A request that is finished after a SIGTERM: long enough to be under way when it comes.
+LAST_TOKENS = 160
+ON_ITS_WAY = 1.0  # seconds in which an answer that was ready may still reach a client of a killed server
+
+
+@dataclass
+class Ending:
+    """How a server under load ended. replies: how many of its running requests, by their ends."""
+
+    status: int
+    seconds: float
+    replies: Counter[str]
+    failures: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"replies": dict(self.replies), "seconds": round(self.seconds, 1)}
+
+
+async def end_under_load(
+    server: Server, number: signal.Signals, victim: str = FRONT_END, tokens: int = LAST_TOKENS, clients: int = 8
+) -> Ending:
+    """Send a signal to one process of a server with running and waiting requests, and watch all of it end."""
+    family = server.processes()
+    replies: Counter[str] = Counter()
+    started, begun = float("inf"), asyncio.Event()
+
+    async def request(client: openai.AsyncOpenAI, stream: bool) -> None:
+        try:
+            await ask(client, FAULT_PROMPT, tokens, stream, begun)
+            early = time.monotonic() < started + ON_ITS_WAY
+            replies["answered before it could matter" if early else "answered"] += 1
+        except openai.APIError as error:
+            replies[type(error).__name__] += 1
+        except AssertionError as error:
+            replies[f"cut short: {error}"] += 1
+
+    async with client_of(server) as client:
+        running = [asyncio.create_task(request(client, stream)) for stream in (True, False) * (clients // 2)]
+        # Not by /metrics: on a busy machine all of these may have ended before it is read.
+        await asyncio.wait_for(begun.wait(), FAILURE_TIMEOUT)
+        started = time.monotonic()
+        family[victim].send_signal(number)
+        await asyncio.wait_for(asyncio.gather(*running), STOP_TIMEOUT)
+    status = await asyncio.to_thread(server.wait_until_gone, list(family.values()), STOP_TIMEOUT)
+    ending = Ending(status, time.monotonic() - started, replies)
+    if server.healthy():
+        ending.failures.append("the server has ended, and something answers on its port")
+    return ending
+
+
+async def kill_under_load(server: Server, victim: str) -> Ending:
+    """kill -9 of one process: every request fails within FAILURE_TIMEOUT, and the server says so and ends with 1."""
+    # As many tokens as there can be: a request that ends before the kill says nothing.
+    ending = await end_under_load(server, signal.SIGKILL, victim, MAX_MODEL_LEN - len(FAULT_PROMPT))
+    finished = sum(count for kind, count in ending.replies.items() if kind.startswith("answered before"))
+    wrong = ending.replies["answered"] or any(kind.startswith("cut short") for kind in ending.replies)
+    if wrong or finished == ending.replies.total():
+        ending.failures.append(f"requests ended as if nothing had happened: {dict(ending.replies)}")
+    if ending.seconds > FAILURE_TIMEOUT:
+        ending.failures.append(f"it took {ending.seconds:.0f} s until the server had ended")
+    if ending.status != 1:
+        ending.failures.append(f"the exit status is {ending.status}, with --middleware FailWithEngine")
+    if "EngineDeadError" not in server.output():
+        ending.failures.append("the log does not say that the engine is dead")
+    return ending
+
+
+async def terminate_under_load(server: Server) -> Ending:
+    """SIGTERM to a server that was given a --shutdown-timeout: what runs is finished, and the exit status is 0."""
+    ending = await end_under_load(server, signal.SIGTERM)
+    if ending.status:
+        ending.failures.append(f"the exit status is {ending.status}")
+    if {kind.partition(" ")[0] for kind in ending.replies} != {"answered"}:
+        ending.failures.append(f"not every running request was finished: {dict(ending.replies)}")
+    return ending
