@@ -214,7 +214,8 @@ def test_chat_run_asks_as_many_as_wanted(demo, capsys):
 @pytest.mark.parametrize(
     ("options", "dtype", "rows", "least_identical"),
     [
-        pytest.param(["--dtype", "float32"], "float32", "float32 rows", 24, id="float32"),
+        # As the int4 run, which differs in the experts' weights only.
+        pytest.param(["--dtype", "float32"], "float32", "float32 rows", 24, id="float32", marks=pytest.mark.slow),
         # bfloat16 and fp8 rows round: of all 200 questions one reply differs, so of 24 two may.
         pytest.param([], "bfloat16", "fp8 rows", 22, id="as-saved"),
         # Its own eval.jsonl holds transformers' tokens with the dequantised weights.
@@ -223,7 +224,7 @@ def test_chat_run_asks_as_many_as_wanted(demo, capsys):
 )
 def test_demo_on_the_toy_agrees_with_transformers(options, dtype, rows, least_identical):
     command = [sys.executable, str(SCRIPT), "--num-questions", "24", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"vllm_deepseek_v4flash.model.DeepseekV4ForCausalLM, {dtype}\n" in done.stdout
     assert "6 layers = 1 window + 4 CSA + 1 HCA" in done.stdout

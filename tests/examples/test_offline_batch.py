@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ TOY = ROOT / "examples" / "toy"
 MODES = ("none", "high", "max")
 # Room for 3 running requests: a run that is killed early has answered some of them and not others.
 LLM = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 3, "kv_cache_memory_bytes": 256 << 20}
-TIMEOUT = 600
+TIMEOUT = 300  # seconds; a run takes 20 on idle cores
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +52,34 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {row["custom_id"]: row for row in rows}
 
 
-def start(requests: Path, results: Path, **llm: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), str(requests), str(results), "--llm", json.dumps(LLM | llm)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def command(requests: Path, results: Path, **llm: Any) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(requests), str(results), "--llm", json.dumps(LLM | llm)]
 
 
-def kill_when_some_are_answered(process: subprocess.Popen[str], results: Path, count: int) -> int:
+def run(requests: Path, results: Path, **llm: Any) -> subprocess.CompletedProcess[str]:
+    """To its end; `stdout` has the standard error, too."""
+    return subprocess.run(
+        command(requests, results, **llm),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=TIMEOUT,
+    )  # fmt: skip
+
+
+def kill_when_some_are_answered(requests: Path, results: Path, count: int, **llm: Any) -> int:
     """kill -9 once `results` has `count` lines; returns how many processes it had started, all of which are gone."""
-    deadline = time.monotonic() + TIMEOUT
-    while not results.exists() or results.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    log = results.with_suffix(".log")
+    with log.open("w") as stream:
+        process = subprocess.Popen(command(requests, results, **llm), stdout=stream, stderr=subprocess.STDOUT)
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not results.exists() or results.read_bytes().count(b"\n") < count:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     for left in alive:
         left.kill()
@@ -114,18 +126,17 @@ def check_results(results: Path, asked: tuple[list[dict[str, Any]], dict[str, di
 
 def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path, asked: Any) -> None:
     requests, results = write(tmp_path / "in.jsonl", asked[0]), tmp_path / "out.jsonl"
-    kill_when_some_are_answered(start(requests, results), results, 4)
+    kill_when_some_are_answered(requests, results, 4)
     before = results.read_text(encoding="utf-8")
     done = before.splitlines()
     assert 4 <= len(done) < len(asked[0]), "it was killed in its middle"
     # What a kill within a write leaves behind.
     with results.open("a", encoding="utf-8") as stream:
         stream.write('{"id": "batch_req_0", "custom_id": "5 no')
-    process = start(requests, results)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 1, output
-    assert output.endswith(f"{len(asked[0]) - 2} answered, 2 refused: {results}\n")
-    assert f"{len(done)} of {len(asked[0])} requests have their results" in output
+    again = run(requests, results)
+    assert again.returncode == 1, again.stdout
+    assert again.stdout.endswith(f"{len(asked[0]) - 2} answered, 2 refused: {results}\n")
+    assert f"{len(done)} of {len(asked[0])} requests have their results" in again.stdout
     assert results.read_text(encoding="utf-8").startswith(before), "a finished answer was written again"
     check_results(results, asked)
 
@@ -144,10 +155,9 @@ def test_a_complete_run_starts_nothing(example: Any, tmp_path: Path, capsys: pyt
 @pytest.mark.slow
 def test_the_workers_of_a_killed_run_end_by_themselves(tmp_path: Path, asked: Any) -> None:
     requests, results = write(tmp_path / "in.jsonl", asked[0]), tmp_path / "out.jsonl"
-    assert kill_when_some_are_answered(start(requests, results, tensor_parallel_size=2), results, 4) >= 2
-    process = start(requests, results, tensor_parallel_size=2)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 1, output
+    assert kill_when_some_are_answered(requests, results, 4, tensor_parallel_size=2) >= 2
+    again = run(requests, results, tensor_parallel_size=2)
+    assert again.returncode == 1, again.stdout
     check_results(results, asked)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "serve_and_ask.py"
-TIMEOUT = 900
+TIMEOUT = 400  # seconds; a start takes 25 on idle cores
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ,
     )  # fmt: skip
-    output, errors = process.communicate(timeout=TIMEOUT)
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        pytest.fail(f"not done after {TIMEOUT} s:\n{output}\n{errors}")
     left = [other for other in psutil.process_iter() if is_of_session(other, process.pid)]
     _, alive = psutil.wait_procs(left, timeout=60)
     assert alive == []
