@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import shutil
 
 import pytest
 
@@ -74,6 +75,16 @@ def tokenizers(renderers):
 @pytest.mark.parametrize("generation", Generation)
 def test_the_encoder_of_a_directory_picks_the_mode(configs, generation):
     assert configs[generation].model_config.tokenizer_mode == TOKENIZER_MODES[generation]
+
+
+@pytest.mark.parametrize("generation", Generation)
+def test_dspark_keys_do_not_decide(directories, tmp_path, generation):
+    """The DSpark preview has them and April's encoder; a checkpoint of 0731 may lack them, as `directories` do."""
+    directory = shutil.copytree(directories[generation], tmp_path / "dspark")
+    keys = {"dspark_block_size": 5, "dspark_noise_token_id": 128799, "dspark_target_layer_ids": [0, 1, 2]}
+    config = json.loads((directory / "config.json").read_text()) | keys | {"dspark_markov_rank": 256}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert engine_config(directory).model_config.tokenizer_mode == TOKENIZER_MODES[generation]
 
 
 @pytest.mark.parametrize("mode", ["deepseek_v4_april", "deepseek_v4_vllm", "hf"])
