@@ -52,6 +52,26 @@ def test_packed_vocabulary_layers_are_unpacked_at_load(module: str) -> None:
     assert torch.equal(weight, expected)
 
 
+def test_weights_are_repacked_one_by_one_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "layers.0.attn.wq_a"
+    tensors, case = with_packed(module)
+    plan = plan_of(tensors, case)
+    shapes = canonical_shapes(plan[module].scheme, *plan[module].scheme.shape)
+    seen = []
+
+    def repack(self: PackedModule, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append({leaf: tensor.device.type for leaf, tensor in leaves.items()})
+        return {leaf: torch.empty(shape, dtype=dtype, device="meta") for leaf, (shape, dtype) in shapes.items()}
+
+    monkeypatch.setattr(PackedModule, "repack", repack)
+    with torch.device("meta"):
+        model = FakeModel(CONFIG)
+        for leaf, (shape, _) in shapes.items():
+            model._add(f"model.{module}.{leaf}", shape)
+    load_weights(model, CONFIG, tensors.items(), packed=plan)
+    assert seen == [dict.fromkeys(case.leaves, "meta")]
+
+
 def test_a_leaf_that_never_comes_is_missing() -> None:
     tensors, case = with_packed("head")
     plan = plan_of(tensors, case)

@@ -60,8 +60,8 @@ def load_weights(
         last_stage: whether the final norm, hc_head and the head are here.
         local_experts: under expert parallelism, the experts of this rank; None for all.
         packed: the quantised weights by native module name (`quantization/plan.py`). As soon as all leaves of one have
-            come they are repacked, and each canonical tensor goes to the parameter `<module>.<its name>`, or for
-            experts to `w13_<its name>` and `w2_<its name>`.
+            come they are repacked on the model's device, and each canonical tensor goes to the parameter
+            `<module>.<its name>`, or for experts to `w13_<its name>` and `w2_<its name>`.
 
     Returns:
         The names of the parameters that were filled.
@@ -102,6 +102,7 @@ class _Load:
     def __post_init__(self) -> None:
         self.expected = names.expected_tensors(self.config)
         self.parameters = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        self.device = next(self.model.parameters()).device
 
     def take(self, stored: str, tensor: torch.Tensor) -> None:
         """Check one stored tensor and copy it to where it belongs."""
@@ -145,6 +146,8 @@ class _Load:
         self.seen[native] = stored
         if not self._is_local(native):
             return
+        if module not in HELD_UNPACKED:  # those take many times their size on the way
+            leaves = {leaf: tensor.to(self.device) for leaf, tensor in leaves.items()}
         try:
             canonical = plan.repack(leaves)
         except QuantizationError as error:
