@@ -22,8 +22,8 @@ NEAR = 1.0
 """Nats between the best two tokens. On a CPU, PyTorch's ops and Numba's, which sum in another order, differ in that
 distance by 0.01 on average and by up to 1.3 in 16 bits with fp8 rows, and by 0.001 at most in fp32."""
 LEAST = 0.95
-"""Of the replies must be the CPU's in 16 bits, as in tests/test_gpu.py. Those two sets of ops agree on all 64 replies of
-every setting, and so do 16 bits and fp32; a wrong kernel turns nearly all."""
+"""Of the replies must be the CPU's in 16 bits, as in tests/test_gpu.py. Those two sets of ops agree on all 64 replies
+of every setting, and so do 16 bits and fp32; a wrong kernel turns nearly all."""
 NEEDS = 20.0
 """Seconds of an engine's start, its captures and its requests, until one has been timed."""
 

@@ -73,4 +73,3 @@ def verdict(report: dict[str, Any], status: int) -> str:
     if report["failures"] or status:
         raise FailedError(f"{text}; status {status}: {'; '.join(report['failures'][:5])}")
     return text
-
