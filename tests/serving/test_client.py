@@ -49,6 +49,7 @@ def test_every_process_has_our_class(server: Server) -> None:
     lines = [line for line in server.output().splitlines() if "is served by vllm_deepseek_v4flash.model:" in line]
     speakers = sorted(next((name for name in names if name in line), "front end") for line in lines)
     assert speakers == ["EngineCore", "Worker", "front end"], lines
+    assert server.output().count("Chat encoding: DeepSeek-V4 april is assumed") == 1
 
 
 def test_completion(client: openai.OpenAI, example: dict[str, Any]) -> None:

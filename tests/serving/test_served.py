@@ -13,10 +13,12 @@ import pytest
 from benchmarks.server import Server
 from tests.serving.real import answer, call, result, system, tool, user
 from tests.tiny import TOY
+from vllm_deepseek_v4flash.serving.tokenizer import OWN_TEMPLATE
 
 OPTIONS = (
     "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(512 << 20),
     "--reasoning-parser", "deepseek_v4", "--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice",
+    "--tokenizer-mode", "deepseek_v4_april", "--chat-template", OWN_TEMPLATE,
     # The toy has learnt no JSON: it would write blanks between the braces for ever.
     "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
 )  # fmt: skip
@@ -32,6 +34,8 @@ REQUEST_TIMEOUT = 240  # seconds
 def client(tmp_path_factory):
     with Server(TOY, tmp_path_factory.mktemp("server") / "log.txt", OPTIONS) as server:
         server.wait_until_healthy()
+        assert server.output().count("Chat encoding: DeepSeek-V4 april, by --tokenizer-mode deepseek_v4_april.") == 1
+        assert "system-first ordering" not in server.output(), "vLLM would move later system texts"
         yield openai.OpenAI(base_url=server.api, api_key="unused", timeout=REQUEST_TIMEOUT, max_retries=0)
 
 

@@ -13,6 +13,7 @@ from tests.serving.real import answer, call, ids_of, result, system, tool, user,
 from tests.tiny import CONFIGS
 from vllm_deepseek_v4flash.serving.encoding import encode_chat
 from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, Generation
+from vllm_deepseek_v4flash.serving.tokenizer import OWN_TEMPLATE
 
 APRIL, JULY = Generation
 TOKENIZER_MODES = {APRIL: "deepseek_v4_april", JULY: "deepseek_v4_0731"}
@@ -179,13 +180,14 @@ def test_a_chat_request_gets_the_same_ids(renderers, tokenizers, generation, nam
     assert render(renderers[generation], messages, tools, **request_) == expected
 
 
-def online(renderer):
+def online(renderer, chat_template=None):
     """The code that the server runs from a request to the engine's input."""
     from vllm.renderers.online_renderer import OnlineRenderer
 
     return OnlineRenderer(
-        renderer.model_config, renderer, request_logger=None, chat_template=None, chat_template_content_format="auto",
-        enable_auto_tools=True, tool_parser="deepseek_v4", reasoning_parser="deepseek_v4",
+        renderer.model_config, renderer, request_logger=None, chat_template=chat_template,
+        chat_template_content_format="auto", enable_auto_tools=True, tool_parser="deepseek_v4",
+        reasoning_parser="deepseek_v4",
     )  # fmt: skip
 
 
@@ -198,14 +200,16 @@ def render(renderer, messages, tools=None, **request):
     return engine_input["prompt_token_ids"]
 
 
-def render_anthropic(renderer, **body):
-    """Of a request to /v1/messages."""
+def render_anthropic(renderer, chat_template=None, **body):
+    """Of a request to /v1/messages; `chat_template` as in `--chat-template`."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
     request = AnthropicMessagesRequest.model_validate({"model": "m", "max_tokens": 100} | body)
-    chat = AnthropicServingMessages.to_chat_completion_request(request)
-    _, (engine_input,) = asyncio.run(online(renderer).render_chat(chat))
+    server = online(renderer, chat_template)
+    merge = AnthropicServingMessages._should_merge_inline_system(server)
+    chat = AnthropicServingMessages.to_chat_completion_request(request, merge_inline_system=merge)
+    _, (engine_input,) = asyncio.run(server.render_chat(chat))
     return engine_input["prompt_token_ids"]
 
 
@@ -232,6 +236,18 @@ def render_response(renderer, **body):
 def test_a_request_to_anthropics_api_gets_the_same_ids(renderers, tokenizers, generation, request_, switches):
     expected = tokenizers[generation].apply_chat_template([system("S"), user("U")], **switches)
     assert render_anthropic(renderers[generation], system="S", messages=[user("U")], **request_) == expected
+
+
+def test_later_system_texts_of_anthropics_api_stay_where_they_are(renderers, tokenizers):
+    """Claude Code sends one a turn. Where vLLM may not keep them there, the second prompt misses the first's cache."""
+    turns = [system("R"), user("U"), answer("A"), system("R2"), user("U2")]
+    expected = [tokenizers[APRIL].apply_chat_template([system("S"), *turns[:end]]) for end in (2, 5)]
+    cached = expected[0][:-1]  # up to the token that opens the answer
+    assert expected[1][: len(cached)] == cached
+    for template, kept in ((OWN_TEMPLATE, True), (None, False)):
+        prompts = [render_anthropic(renderers[APRIL], template, system="S", messages=turns[:end]) for end in (2, 5)]
+        assert (prompts[1][: len(cached)] == cached) == kept
+        assert (prompts == expected) == kept
 
 
 @pytest.mark.parametrize("effort", [None, *EFFORTS])

@@ -11,6 +11,10 @@ from vllm_deepseek_v4flash.serving.compat import get_cached_tokenizer
 from vllm_deepseek_v4flash.serving.encoding import encode_chat
 from vllm_deepseek_v4flash.serving.modes import Generation, select_mode
 
+# `--chat-template` of this text is V4's own format. Without one vLLM's /v1/messages takes the format for one whose
+# system text must come first, moves later ones there, and each of them is a new beginning for the prefix cache.
+OWN_TEMPLATE = "{# deepseek_v4 #}"
+
 
 class AprilTokenizer(TokenizersBackend):
     """A V4 checkpoint's tokenizer.json with April's chat encoding; `from_pretrained` as transformers'."""
@@ -48,9 +52,10 @@ class AprilTokenizer(TokenizersBackend):
                 ignored as templates ignore what they do not name.
 
         Raises:
-            ValueError: what is wrong with the messages, the tools or the mode; also for a `chat_template`.
+            ValueError: what is wrong with the messages, the tools or the mode; also for another `chat_template` than
+                OWN_TEMPLATE.
         """
-        if chat_template is not None:
+        if chat_template not in (None, OWN_TEMPLATE):
             raise ValueError(
                 "DeepSeek-V4's prompts are not made by a Jinja template, so chat_template has no effect: leave it "
                 "out, or choose another tokenizer with --tokenizer-mode hf."
