@@ -1,6 +1,8 @@
 PYTHON ?= python3
 FLAVOUR ?= auto
 BIN := .venv/bin
+# Of pytest; each may hold an engine of a few GiB.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
 .PHONY: setup demo test test-slow compile-table bench-attention bench-moe lint clean
 
@@ -11,7 +13,7 @@ demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and vLLM are imported, which read these once; inherited by every process that a test starts.
 DEFAULTS = {
@@ -32,6 +33,37 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.interpreter import mend
 
     mend()
+
+
+# What takes minutes comes first, so that no worker is left with it when the others are through.
+LONGEST = ("test_v2_runner.py", "benchmarks", "serving", "scheduler", "examples", "test_demo.py", "test_parity.py")
+# Tests of these folders share a server or an engine's results for the whole session.
+SHARING = ("serving", "scheduler")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(_top(item.nodeid)) if _top(item.nodeid) in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take whole files, or whole folders, because fixtures of theirs start engines; in the order above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            # The V2 runner's tests share nothing: each starts a pytest of its own.
+            if _top(nodeid) == "test_v2_runner.py":
+                return nodeid
+            return _top(nodeid) if _top(nodeid) in SHARING else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def _top(nodeid: str) -> str:
+    """The file or the folder directly below tests/ that a test belongs to."""
+    return nodeid.partition("::")[0].removeprefix("tests/").partition("/")[0]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
