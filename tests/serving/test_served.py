@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import openai
 import pytest
 
@@ -26,6 +27,8 @@ TOOLS = [
     tool("add", "Adds.", a={"type": "integer"}, b={"type": "integer"}),
     tool("say", "Says.", text={"type": "string"}),
 ]
+# What makes the toy call, after its thoughts.
+CALL = {"tools": TOOLS[:1], "tool_choice": {"type": "function", "function": {"name": "add"}}}
 END_THINK = 6
 REQUEST_TIMEOUT = 240  # seconds
 
@@ -171,6 +174,23 @@ def test_the_responses_api(client, question, effort):
     assert (texts.get("reasoning", ""), texts["message"]) == expected
 
 
+def test_the_responses_api_streamed(client, question):
+    """With a call, as Codex uses it: the parts add up to what a chat gives."""
+    expected = ask(client, [user(question["question"])], max_tokens=400, **CALL)
+    function = {"type": "function", **CALL["tools"][0]["function"]}
+    events = client.responses.create(
+        model=Server.NAME, input=question["question"], temperature=0.0, max_output_tokens=400, stream=True,
+        tools=[function], tool_choice={"type": "function", "name": "add"},
+    )  # fmt: skip
+    parts = {}
+    for event in events:
+        if event.type.endswith(".delta"):
+            parts[event.type] = parts.get(event.type, "") + event.delta
+    assert parts.pop("response.reasoning_text.delta") == expected[0]
+    assert parts.pop("response.function_call_arguments.delta") == expected[2][0][1]
+    assert "".join(parts.values()).strip() == expected[1].strip() == ""
+
+
 @pytest.mark.parametrize(
     "thinking", [{"type": "disabled"}, {"type": "adaptive"}, {"type": "enabled", "budget_tokens": 1024}]
 )
@@ -187,6 +207,27 @@ def test_anthropics_api(client, question, thinking):
     texts = {block["type"]: block[block["type"]] for block in response["content"]}
     assert (texts.get("thinking", ""), texts["text"]) == expected
     assert response["stop_reason"] == "end_turn"
+
+
+def test_anthropics_api_streamed(client, question):
+    """With a call, as Claude Code uses it."""
+    expected = ask(client, [user(question["question"])], max_tokens=400, **CALL)
+    function = CALL["tools"][0]["function"]
+    body = {
+        "model": Server.NAME, "messages": [user(question["question"])], "max_tokens": 400, "temperature": 0.0,
+        "tools": [{"name": "add", "description": "Adds.", "input_schema": function["parameters"]}],
+        "tool_choice": {"type": "tool", "name": "add"}, "stream": True,
+    }  # fmt: skip
+    parts = {}
+    with httpx.stream("POST", f"{client.base_url}messages", json=body, timeout=REQUEST_TIMEOUT) as reply:
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: {")]
+    for event in map(json.loads, lines):
+        if event["type"] == "content_block_delta":
+            kind = event["delta"].pop("type")
+            parts[kind] = parts.get(kind, "") + "".join(event["delta"].values())
+    assert parts.pop("thinking_delta") == expected[0]
+    assert parts.pop("input_json_delta") == expected[2][0][1]
+    assert parts.pop("text_delta", "").strip() == expected[1].strip() == ""
 
 
 # ---- refusals
