@@ -56,8 +56,13 @@ class Case:
 
     @property
     def common(self) -> bool:
-        """Whether this is what most users run: bf16 on one rank, a few requests decoding or a prefill, far along."""
+        """Whether this is what most users run: bf16 on one rank, a few requests decoding or a prefill, far along.
+
+        Of weights and layers whose kernels differ in sizes and scales alone, one stands for all.
+        """
         axes = {"dtype": "bf16", "tokens": 8, "context": CONTEXT, "tp": 1} | self.axes
+        if axes.get("weight") in ("int4 zeros", "int4 g64") or axes.get("layer") in ("wq_b", "wo_b", "shared w1"):
+            return False
         return (axes["dtype"], axes["context"], axes["tp"]) == ("bf16", CONTEXT, 1) and axes["tokens"] in (8, PREFILL)
 
 
@@ -222,10 +227,11 @@ def mhc_head(twin: Twin, dtype: str, tokens: int) -> None:
     twin(streams, meta(STREAMS, STREAMS * HIDDEN), meta(1), meta(STREAMS), norm_eps=EPS, hc_eps=1e-6)
 
 
-@cases(rule=("bias", "hash"), tokens=TOKENS)
-def route(twin: Twin, rule: str, tokens: int) -> None:
+@cases(rule=("bias", "hash"), shared=("apart", "along"), tokens=TOKENS)
+def route(twin: Twin, rule: str, shared: str, tokens: int) -> None:
     bias, expert_ids = (meta(EXPERTS), None) if rule == "bias" else (None, meta(tokens, CHOSEN, dtype=torch.int32))
-    twin(meta(tokens, EXPERTS), CHOSEN, bias=bias, expert_ids=expert_ids, scaling=1.5, renormalize=True)
+    options = {"scaling": 1.5, "renormalize": True, "shared": shared == "along"}
+    twin(meta(tokens, EXPERTS), CHOSEN, bias=bias, expert_ids=expert_ids, **options)
 
 
 @cases(dtype=DTYPES, width=(DIM, Q_RANK, HIDDEN), tokens=TOKENS)
@@ -252,17 +258,23 @@ def packed(weight: str, n: int, k: int, *stack: int, full: tuple[int, int]) -> t
     return {name: meta(*stack, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}, scheme
 
 
-def chosen(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen(tokens: int, count: int = CHOSEN) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's weights and experts."""
-    return meta(tokens, CHOSEN), meta(tokens, CHOSEN, dtype=torch.int64)
+    return meta(tokens, count), meta(tokens, count, dtype=torch.int64)
 
 
 # 1024 and 4096 tokens give an expert 24 and 96, for which there are tiles between those of few and of many.
-@cases(dtype=DTYPES, weight=WEIGHTS, tokens=(*TOKENS, 1024, 4096), tp=RANKS)
-def packed_experts(twin: Twin, dtype: str, weight: str, tokens: int, tp: int) -> None:
-    w13, scheme13 = packed(weight, INNER // tp, HIDDEN, EXPERTS, 2, full=(INNER, HIDDEN))
-    w2, scheme2 = packed(weight, HIDDEN, INNER // tp, EXPERTS, full=(HIDDEN, INNER))
-    twin(meta(tokens, HIDDEN, dtype=dtype), w13, w2, scheme13, scheme2, *chosen(tokens), swiglu_limit=10.0)
+EXPERT_TOKENS = (*TOKENS, 1024, 4096)
+
+
+@cases(dtype=("bf16",), weight=("int4",), tokens=EXPERT_TOKENS, tp=(1, 8), shared=("along",))
+@cases(dtype=DTYPES, weight=WEIGHTS, tokens=EXPERT_TOKENS, tp=RANKS)
+def packed_experts(twin: Twin, dtype: str, weight: str, tokens: int, tp: int, shared: str = "apart") -> None:
+    more = int(shared == "along")
+    w13, scheme13 = packed(weight, INNER // tp, HIDDEN, EXPERTS + more, 2, full=(INNER, HIDDEN))
+    w2, scheme2 = packed(weight, HIDDEN, INNER // tp, EXPERTS + more, full=(HIDDEN, INNER))
+    x, routing = meta(tokens, HIDDEN, dtype=dtype), chosen(tokens, CHOSEN + more)
+    twin(x, w13, w2, scheme13, scheme2, *routing, swiglu_limit=10.0)
 
 
 @cases(dtype=DTYPES, tokens=TOKENS, tp=RANKS)
@@ -275,6 +287,7 @@ def fused_experts(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
 LINEARS = ("wq_a", "wq_b", "wo_a", "wo_b", "shared w1")
 
 
+@cases(dtype=("bf16",), weight=("fp4", "int4 g32"), layer=("wq_a", "wo_a"), tokens=(8, PREFILL), tp=(1,))
 @cases(dtype=DTYPES, weight=("int4", "int4 act-order", "fp8"), layer=LINEARS, tokens=(*TOKENS, 32, 96), tp=(1, 8))
 def packed_linear(twin: Twin, dtype: str, weight: str, layer: str, tokens: int, tp: int) -> None:
     wide = HEADS // O_GROUPS * DIM

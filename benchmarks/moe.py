@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -173,18 +174,18 @@ def experts_case(s: Sizes, weight: str, inner: int, tokens: int, kernels: str) -
 
 def marlin_work(bench: Bench, layer: Layer, key: tuple[str, int], inputs: Sequence[Any], near: Any) -> Work:
     """vLLM's Marlin experts on the same weights, repacked as it does when it loads them."""
-    if layer.scheme.kind != "int4":
-        raise UnavailableError("its layout of FP4 scales is made inside vLLM's own layer classes")
     experts = vllm_kernels.load(bench, "vllm.model_executor.layers.fused_moe.experts.marlin_moe")
     activation = vllm_kernels.load(bench, "vllm.model_executor.layers.fused_moe.activation")
     types = vllm_kernels.load(bench, "vllm.scalar_type").scalar_types
     if ("marlin", *key) not in bench.store:
-        bench.store["marlin", *key] = marlin_weights(bench, layer)
+        repacked = marlin_int4 if layer.scheme.kind == "int4" else marlin_fp4
+        bench.store["marlin", *key] = repacked(bench, layer)
     (q13, s13), (q2, s2) = bench.store["marlin", *key]
+    weight_type = types.uint4b8 if layer.scheme.kind == "int4" else types.float4_e2m1f
 
     def call(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return experts.fused_marlin_moe(
-            x, q13, q2, None, None, s13, s2, weights, ids, types.uint4b8.id,
+            x, q13, q2, None, None, s13, s2, weights, ids, weight_type.id,
             activation_config=activation.ApplyMoEActivationConfig(clamp_limit=LIMIT),
         )  # fmt: skip
 
@@ -192,7 +193,7 @@ def marlin_work(bench: Bench, layer: Layer, key: tuple[str, int], inputs: Sequen
     return Work(calls, lambda: near(calls[0](), MARLIN))
 
 
-def marlin_weights(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def marlin_int4(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Codes and scales of w1 and w3 as one matrix, and of w2, in Marlin's layouts."""
     ops = vllm_kernels.load(bench, "vllm._custom_ops")
     utils = vllm_kernels.load(bench, "vllm.model_executor.layers.quantization.utils.marlin_utils")
@@ -205,6 +206,17 @@ def marlin_weights(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch
         codes = ops.gptq_marlin_moe_repack(codes, k, n, 4)
         found.append((codes, utils.marlin_moe_permute_scales(scales, k, n, layer.scheme.group_size)))
     return found
+
+
+def marlin_fp4(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As `marlin_int4`; vLLM has a function that lays out weights of DeepSeek's format."""
+    utils = vllm_kernels.load(bench, "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4")
+    w13 = {name: tensor.flatten(1, 2) for name, tensor in layer.w13.items()}
+    q13, q2, s13, s2, *_ = utils.prepare_moe_mxfp4_layer_for_marlin(
+        SimpleNamespace(params_dtype=BF16), w13["qweight"], layer.w2["qweight"], w13["scales"], layer.w2["scales"],
+        None, None,
+    )  # fmt: skip
+    return [(q13, s13), (q2, s2)]
 
 
 def all_cases(dry: bool) -> list[Case]:

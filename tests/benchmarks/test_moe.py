@@ -48,6 +48,29 @@ def test_every_format_has_flashs_tokens_and_widths():
                 assert named == (tokens <= 32)
 
 
+@pytest.mark.parametrize("weight", ["int4", "fp4"])
+def test_marlins_weights_are_made_from_ours(monkeypatch, weight):
+    """Its repacking needs a GPU; that it gets whole matrices of words, and the scales their places, does not."""
+    custom = importlib.import_module("vllm._custom_ops")
+
+    def repack(b_q_weight, size_k, size_n, num_bits, is_a_8bit=False):
+        assert b_q_weight.shape[-2:] == (size_k // 8, size_n)
+        return b_q_weight.reshape(*b_q_weight.shape[:-2], size_k // 16, size_n * num_bits // 2)
+
+    for name in ("gptq_marlin_repack", "gptq_marlin_moe_repack"):
+        monkeypatch.setattr(custom, name, repack)
+    monkeypatch.setattr(moe.vllm_kernels, "need_cuda", lambda bench: None)
+    bench, s = Bench(torch.device("cpu"), dry=True), moe.TINY
+    layer = moe.layer_of(bench, s, weight, s.inners[0])
+    (q13, s13), (q2, s2) = (moe.marlin_int4 if weight == "int4" else moe.marlin_fp4)(bench, layer)
+    for codes, scales, n, k in ((q13, s13, 2 * s.inners[0], s.hidden), (q2, s2, s.hidden, s.inners[0])):
+        assert (codes.dtype, codes.shape) == (torch.int32, (s.experts, k // 16, 2 * n))
+        assert scales.shape == (s.experts, k // layer.scheme.group_size, n)
+    stored = layer.w13["scales"].flatten(1)
+    moved = s13.flatten(1).view(stored.dtype)
+    assert torch.equal(moved.float().sort().values, stored.float().sort().values)
+
+
 def test_kernels_of_csrc_are_not_replaced_by_others():
     with pytest.raises(UnavailableError, match="need a GPU"):
         moe.ours(Bench(torch.device("cpu"), dry=True), "cuda")
