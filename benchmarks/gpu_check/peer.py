@@ -47,14 +47,12 @@ def require() -> None:
 
 def measure(recorder: Recorder, scratch: Path) -> str:
     from . import random_model, width
-    from .stepping import graph_options
     from .timed import TimedEngine
 
     points = width.Points((40,), (1,), (24,)) if recorder.dry else width.FLASH
     bench = width.prepare(recorder, scratch, points)
     directory = random_model.write(scratch / "model", bench.shape, native=True)
-    options = width.engine_options(bench, {}) | ({} if recorder.dry else graph_options())
-    with width.engine(directory, options) as llm:
+    with width.engine(directory, width.engine_options(bench, {})) as llm:
         name = type(llm.apply_model(lambda model: model)[0]).__module__
         if not recorder.dry and name.startswith("vllm_deepseek_v4flash"):
             raise AssertionError(f"vLLM took {name} although {DISABLE_ENV} is set")

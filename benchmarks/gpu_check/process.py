@@ -31,7 +31,8 @@ def run_part(part: Part, out: Path, seconds: float, environment: dict[str, str],
     status = run_group(command, log, seconds + GRACE, environment)
     result = PartResult.read(path, part.name)
     result.seconds, result.limit = round(time.monotonic() - started, 1), round(seconds + GRACE, 1)
-    judge(result, part, status)
+    # A dry run is only of what is ours.
+    judge(result, status, optional=part.optional and not dry)
     if result.status == "failed" or not result.finished:
         result.log = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
     path.unlink(missing_ok=True)
@@ -56,8 +57,13 @@ def run_group(command: list[str], log: Path, limit: float, environment: dict[str
         process.wait()
 
 
-def judge(result: PartResult, part: Part, status: int | None) -> None:
-    """Set the part's status, and the reason for what is not as it should be. status: of its process, as above."""
+def judge(result: PartResult, status: int | None, optional: bool) -> None:
+    """Set the part's status, and the reason for what is not as it should be.
+
+    Args:
+        status: of its process; None where that had to be killed.
+        optional: whether nothing that goes wrong is a failure.
+    """
     counts = result.counts()
     during = f" during {result.running!r}" if result.running else ""
     problem = ""
@@ -72,7 +78,7 @@ def judge(result: PartResult, part: Part, status: int | None) -> None:
         problem = f"{counts['failed']} of {len(result.checks)} failed: {', '.join(names[:8])}"
     if problem:
         result.reason = problem
-        result.status = "not run" if part.optional else "failed"
+        result.status = "not run" if optional else "failed"
     elif counts["passed"]:
         result.status = "passed"
     else:

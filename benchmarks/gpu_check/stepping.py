@@ -8,16 +8,27 @@ from collections.abc import Iterator
 from typing import Any
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+DRY_SIZES = (1, 2, 4)
 MODE = "FULL_AND_PIECEWISE"
 
 
-def graph_options(sizes: tuple[int, ...] = CAPTURE_SIZES) -> dict[str, Any]:
+def graph_options(dry: bool) -> dict[str, Any]:
     """For `vllm.LLM`: whole graphs of decoding steps, and graphs of the parts between attention for all others.
 
-    The mode is named, because the plugin runs eagerly on a GPU unless it is.
+    The mode is named, because the plugin runs eagerly on a GPU unless it is. A dry run has no graphs but those of
+    `imitate_graphs`.
     """
-    compilation = {"cudagraph_mode": MODE, "cudagraph_capture_sizes": list(sizes)}
+    if dry:
+        return {"enforce_eager": True}
+    compilation = {"cudagraph_mode": MODE, "cudagraph_capture_sizes": list(CAPTURE_SIZES)}
     return {"enforce_eager": False, "compilation_config": compilation}
+
+
+def imitate_graphs(llm: Any) -> None:
+    """Have an engine on a CPU capture its steps as recordings; to be called before its steps are counted."""
+    from tests.v2_on_cpu.cuda_graphs import capture
+
+    capture(llm, MODE, list(DRY_SIZES))
 
 
 def model_runner(llm: Any) -> Any:

@@ -74,9 +74,7 @@ def measure(recorder: Recorder, scratch: Path) -> str:
     bench = prepare(recorder, scratch, points)
     directory = random_model.write(scratch / "model", bench.shape)
     record: dict[str, int] = {}
-    # Before the engine takes the memory.
-    options = engine_options(bench, record) | ({} if dry else graph_options())
-    with engine(directory, options) as llm:
+    with engine(directory, engine_options(bench, record)) as llm:
         timed = TimedEngine(llm, dry)
         add_prefills(bench, timed, "prefill")
         bench.head = head_ms(llm, bench)
@@ -112,6 +110,7 @@ def engine_options(bench: Bench, record: dict[str, int]) -> dict[str, Any]:
         "load_format": random_model.register_loader(record), "dtype": "bfloat16",
         "max_model_len": bench.points.length, "max_num_batched_tokens": bench.chunk,
         "max_num_seqs": max(bench.points.batches), "kv_transfer_config": connector.CONFIG, "max_logprobs": 1,
+        **graph_options(bench.recorder.dry),
     }  # fmt: skip
     if not bench.recorder.dry:
         # vLLM is to find out for itself how much it may take.
@@ -183,15 +182,11 @@ def add_decode(bench: Bench, timed: TimedEngine, title: str, batch: int, context
     ])  # fmt: skip
     by_family = families.milliseconds(found.events, found.profiled)
     way = "eager" if found.graphs is None else "graphs"
-    times.rows.append([f"{batch}", f"{context}", way, *(figure(by_family[name], ".3f") for name in FAMILIES)])
-    point = {
-        "batch": batch,
-        "context": context,
-        "graphs": found.graphs,
-        "eager": found.eager,
-        "head": bench.head.get(batch),
-    }
-    keep(recorder, title, {**point, "families": by_family, "other": families.unknown(found.events)})
+    cells = [figure(by_family[name], ".3f") for name in FAMILIES]
+    recorder.table(family_title(title), []).rows.append([f"{batch}", f"{context}", way, *cells])
+    point = {"batch": batch, "context": context, "graphs": found.graphs, "eager": found.eager}
+    more = {"head": bench.head.get(batch), "families": by_family, "other": families.unknown(found.events)}
+    keep(recorder, title, point | more)
     return f"{figure(best, '.2f')} ms a step; {timed.steps.taken()}"
 
 
