@@ -10,7 +10,8 @@ them stream, a fifth hang up before the end, and the cache holds only a few prom
 - the resident memory of each process is flat after the warm-up;
 - afterwards no KV block is in use, and the answers are still the same;
 - kill -9 of the engine core, and of a worker, under load: every request fails at once, the log says why, no process
-  is left, and a restart serves; SIGTERM under load: running requests end, and the exit status is 0.
+  is left, the exit status is 1 (by our middleware FailWithEngine), and a restart serves; SIGTERM under load: running
+  requests end, and the exit status is 0.
 
 Prints one JSON object. The exit status is 1 where a check failed, which `failures` then names.
 """

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from benchmarks.asking import ENVIRONMENT, REQUEST_TIMEOUT, Question, ask_each_alone, make_prompts, vllm_options
-from benchmarks.server import Server
+from benchmarks.server import Server, ServerError
 from tests.tiny import TOY
 
 CHAT_OPTIONS = (
@@ -26,15 +26,22 @@ class Servers:
         self.directory = directory
         self._server: Server | None = None
         self._count = 0
+        self._failure: ServerError | None = None
 
     def get(self) -> Server:
-        """The running one, or another one if it has ended."""
+        """The running one, or another one if it has ended. What does not start once is not tried for each test."""
+        if self._failure is not None:
+            raise self._failure
         if self._server is None or not self._server.alive():
             self.close()
             self._count += 1
             log = self.directory / f"server_{self._count}.log"
             self._server = Server(TOY, log, (*vllm_options(), *CHAT_OPTIONS), ENVIRONMENT)
-            self._server.wait_until_healthy()
+            try:
+                self._server.wait_until_healthy()
+            except ServerError as error:
+                self._failure = error
+                raise
         return self._server
 
     def close(self) -> None:
