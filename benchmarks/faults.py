@@ -16,7 +16,7 @@ from benchmarks.server import FRONT_END, Server
 
 FAULT_PROMPT = (0, 5, 6)
 # A request that is finished after a SIGTERM: long enough to be under way when it comes.
-LAST_TOKENS = 160
+LAST_TOKENS = 320
 ON_ITS_WAY = 1.0  # seconds in which an answer that was ready may still reach a client of a killed server
 
 

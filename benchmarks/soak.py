@@ -110,14 +110,17 @@ class Sampler(threading.Thread):
 
 
 async def load(server: Server, questions: Sequence[Question], seconds: float, clients: int, report: Report) -> None:
-    """`clients` at once ask random questions until `seconds` are over; wrong answers become failures."""
+    """`clients` at once ask random questions until `seconds` are over; wrong answers become failures.
+
+    All begin with a long one: a machine too slow to preempt anything later has done so then.
+    """
     until = time.monotonic() + seconds
 
-    async def one(client: openai.AsyncOpenAI, draw: random.Random) -> None:
+    async def one(client: openai.AsyncOpenAI, draw: random.Random, first: bool) -> None:
         question, stream = draw.choice(questions), draw.random() < STREAMED_SHARE
-        hang_up = draw.random() < ABORTED_SHARE
+        hang_up = not first and draw.random() < ABORTED_SHARE
         tokens = draw.randint(1, len(question.answer))
-        if hang_up or draw.random() < LONG_SHARE:
+        if hang_up or first or draw.random() < LONG_SHARE:
             tokens = LONG_TOKENS
         try:
             async with asyncio.timeout(draw.uniform(0, 3) if hang_up else None):
@@ -140,8 +143,9 @@ async def load(server: Server, questions: Sequence[Question], seconds: float, cl
     async def work(seed: int) -> None:
         draw = random.Random(seed)
         async with client_of(server) as client:
+            await one(client, draw, first=True)
             while time.monotonic() < until and len(report.failures) < MAX_FAILURES:
-                await one(client, draw)
+                await one(client, draw, first=False)
 
     await asyncio.gather(*[work(seed) for seed in range(clients)])
 
