@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Of pytest; each may hold an engine of a few GiB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: setup demo test test-slow compile-table bench-attention bench-moe lint clean
+.PHONY: setup demo test test-slow compile-table bench-attention bench-moe gpu-check lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
@@ -26,6 +26,9 @@ bench-attention: setup
 
 bench-moe: setup
 	$(BIN)/python -m benchmarks.moe $(ARGS)
+
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

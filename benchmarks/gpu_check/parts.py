@@ -28,8 +28,8 @@ PARTS = (
     Part("long", "one layer of each kind at 1,048,576 tokens of context, against the reference", 25, 2),
     Part("tests", "every test that is marked `gpu`", 60, 4),
     Part("width", "Flash's real widths through vLLM's engine: speed, where the time goes, memory", 60, 6),
-    Part("kernels", "the benchmarks of the attention and MoE kernels, vLLM's own beside ours", 30, 4),
     Part("peer", "vLLM's own DeepSeek-V4 at the same widths and layers", 60, 3, optional=True),
+    Part("kernels", "the benchmarks of the attention and MoE kernels, vLLM's own beside ours", 30, 4),
 )
 NAMES = tuple(part.name for part in PARTS)
 GRACE = 20.0

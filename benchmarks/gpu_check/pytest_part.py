@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import pytest
 
 from .environment import ROOT
 from .results import Check, FailedError, NotRunError, Recorder
 
-DRY = ("tests/test_gpu.py", "tests/ops/triton/test_launch.py")
+DRY: Sequence[str] = ("tests/test_gpu.py", "tests/ops/triton/test_launch.py")
 """What a dry run collects: without a GPU all of it is skipped."""
 MOST_NAMED = 200
 STOPPED = "stopped: its time was spent"
@@ -22,6 +25,19 @@ class Watcher:
         self.outcomes = {"passed": 0, "failed": 0, "skipped": 0}
         self.stopped = False
         self.skips: dict[str, int] = {}
+        self.missing: dict[str, list[str]] = {}
+        """Files that were not collected, by the package that they import in vain."""
+        self.uncollected = 0
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.failed:
+            return
+        package = re.search(r"ModuleNotFoundError: No module named '([^']+)'", str(report.longrepr))
+        if package is not None:
+            self.missing.setdefault(package[1], []).append(report.nodeid)
+        else:
+            self.uncollected += 1
+            self.fail(f"{report.nodeid} (collection)", str(report.longrepr)[-500:], 0.0)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.total = len(session.items)
@@ -48,16 +64,26 @@ class Watcher:
             self.skips[reason] = self.skips.get(reason, 0) + 1
         self.outcomes[report.outcome] += 1
         if report.failed:
-            self.fail(f"{report.nodeid}{'' if report.when == 'call' else f' ({report.when})'}", report)
-        self.recorder.result.data["tests"] = dict(self.outcomes)
-
-    def fail(self, name: str, report: pytest.TestReport) -> None:
-        if self.outcomes["failed"] <= MOST_NAMED:
             crash = getattr(report.longrepr, "reprcrash", None)
             detail = crash.message if crash is not None else str(report.longrepr)[-500:]
-            check = Check(name, "failed", " ".join(detail.split())[:500], round(report.duration, 1))
+            self.fail(f"{report.nodeid}{'' if report.when == 'call' else f' ({report.when})'}", detail, report.duration)
+        self.recorder.result.data["tests"] = dict(self.outcomes)
+
+    def fail(self, name: str, detail: str, seconds: float) -> None:
+        if self.outcomes["failed"] <= MOST_NAMED:
+            check = Check(name, "failed", " ".join(detail.split())[:500], round(seconds, 1))
             self.recorder.result.checks.append(check)
             self.recorder.write()
+
+
+def files() -> list[str]:
+    """Where tests are marked `gpu`: to collect all others takes longer than to run some of these."""
+    found = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        if "gpu_check" not in path.name and path.name != "test_v2_runner.py" and "mark.gpu" in path.read_text():
+            found.add(path.parent if path.name == "conftest.py" else path)
+    inner = {path for path in found if any(parent in found for parent in path.parents)}
+    return sorted(str(path.relative_to(ROOT)) for path in found - inner)
 
 
 def run(recorder: Recorder) -> None:
@@ -68,9 +94,10 @@ def tests(recorder: Recorder) -> str:
     """Run them; what came of them as text, FailedError if one failed."""
     watcher = Watcher(recorder)
     junit = recorder.path.parent / "tests.xml"
-    chosen = list(DRY) if recorder.dry else []
-    arguments = [*chosen, "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", f"--rootdir={ROOT}"]
-    status = pytest.main([*arguments, "-c", str(ROOT / "pyproject.toml")], plugins=[watcher])
+    chosen = [str(ROOT / name) for name in (DRY if recorder.dry else files())]
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={junit}"]
+    where = [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
+    status = pytest.main([*chosen, "-m", "gpu", *options, *where], plugins=[watcher])
     counts, done = watcher.outcomes, sum(watcher.outcomes.values())
     text = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     if watcher.stopped:
@@ -79,7 +106,13 @@ def tests(recorder: Recorder) -> str:
         recorder.result.notes.append(
             "Skipped: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(watcher.skips.items()))
         )
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED):
+    for package, names in sorted(watcher.missing.items()):
+        recorder.result.notes.append(f"Not collected, for lack of {package}: {', '.join(names)}")
+    # pytest itself calls a file that cannot be imported for lack of a package a failure.
+    right = {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
+    right |= {pytest.ExitCode.TESTS_FAILED} if watcher.missing else set()
+    right |= {pytest.ExitCode.INTERRUPTED, pytest.ExitCode.TESTS_FAILED} if watcher.stopped else set()
+    if counts["failed"] or watcher.uncollected or status not in right:
         raise FailedError(f"{text}; pytest ended with {pytest.ExitCode(status).name}")
     if not counts["passed"]:
         raise NotRunError(text)
