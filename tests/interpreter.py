@@ -23,7 +23,6 @@ from triton.runtime import interpreter
 _TORCH = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 _BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16)}
 
-_patch_lang = interpreter._patch_lang
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _patch_lang = interpreter._patch_lang
@@ -31,36 +30,9 @@ _patch_lang = interpreter._patch_lang
 
 def mend() -> None:
     """Do it for this process; a second call changes nothing."""
-    interpreter._patch_lang = Patches()
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._patch_lang = patch_lang
-
-
-class Patches:
-    """`interpreter._patch_lang`, which a kernel calls when it starts, and then every function inside it."""
-
-    def __init__(self) -> None:
-        self._modules: set[str] | None = None
-        """Of the language, those that the running kernel has patched; None where none runs."""
-
-    def __call__(self, function: Any) -> Any:
-        modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
-        if self._modules is not None and modules <= self._modules:
-            return None
-        scope = _patch_lang(function)
-        if self._modules is not None:
-            self._modules |= modules
-            return scope
-        self._modules = modules
-        restore = scope.restore
-
-        def end() -> None:
-            self._modules = None
-            restore()
-
-        scope.restore = end
-        return scope
 
 
 def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
