@@ -182,8 +182,11 @@ def add_decode(bench: Bench, timed: TimedEngine, title: str, batch: int, context
     ])  # fmt: skip
     by_family = families.milliseconds(found.events, found.profiled)
     way = "eager" if found.graphs is None else "graphs"
-    cells = [figure(by_family[name], ".3f") for name in FAMILIES]
-    recorder.table(family_title(title), []).rows.append([f"{batch}", f"{context}", way, *cells])
+    scaled = {name: time * LAYERS / bench.shape.count for name, time in by_family.items()}
+    scaled["linears"] = bench.scaled(by_family["linears"], batch)
+    rows = recorder.table(family_title(title), []).rows
+    for what, times in ((way, by_family), (f"{way}, {LAYERS} layers", scaled)):
+        rows.append([f"{batch}", f"{context}", what, *(figure(times[name], ".3f") for name in FAMILIES)])
     point = {"batch": batch, "context": context, "graphs": found.graphs, "eager": found.eager}
     more = {"head": bench.head.get(batch), "families": by_family, "other": families.unknown(found.events)}
     keep(recorder, title, point | more)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import families, floor, peer, random_model, stepping, timed
-from benchmarks.gpu_check.results import FailedError, NotRunError
+from benchmarks.gpu_check import families, floor, peer, random_model, stepping, timed, width
+from benchmarks.gpu_check.results import FailedError, NotRunError, Recorder
+from benchmarks.report import Peaks
 
 GIB = 1 << 30
 
@@ -201,6 +202,35 @@ def test_steps_are_those_that_made_tokens():
         timed_engine([5]).advance("r", 3)
     with pytest.raises(FailedError, match="ended after 5 tokens"):
         timed_engine([5], ends=True).advance("r", 1)
+
+
+def test_a_points_figures(tmp_path):
+    """15 layers, of whose 4 ms 0.4 are the head's: 43 take 0.4 + 3.6 x 43 / 15."""
+    recorder = Recorder("width", tmp_path / "part.json", 60, dry=False)
+    shape, peaks = random_model.Shape(7, dry=False), Peaks(3000.0, 700.0)
+    bench = width.Bench(recorder, width.Points((2048,), (8,), (8192,)), shape, peaks, 8192, {8: 0.4})
+    found = timed.Decode(4.0, 9.0, [("_attend", 0.0, 2000.0), ("nvjet", 3000.0, 4000.0)], 2)
+    steps = types.SimpleNamespace(taken=lambda: "24 whole graphs")
+    engine = types.SimpleNamespace(decode=lambda *_: found, prefill=lambda tokens: 0.3, steps=steps)
+    width.add_prefills(bench, engine, "prefill")
+    width.add_decodes(bench, engine, "decode")
+    assert [check.status for check in recorder.result.checks] == ["passed", "passed"]
+    prefill, decode, by_family = recorder.result.tables
+    assert prefill.rows[0][:5] == ["2048", "300.0", "6826.7", "860.0", "2381.4"]
+    whole = 0.4 + 3.6 * 43 / 15
+    least = 1000 * floor.decode(floor.FLASH_LAYERS, 8, 8192).bytes / 3e12
+    assert decode.rows == [[
+        "8", "8192", "4.00", "9.00", f"{whole:.2f}", f"{least:.2f}", f"{100 * least / whole:.0f}",
+        f"{8000 / whole:.0f}",
+    ]]  # fmt: skip
+    assert by_family.rows == [
+        ["8", "8192", "graphs", "1.000", *["0.000"] * 4, "0.500", "0.000", "0.500"],
+        # The head is one of the linears.
+        ["8", "8192", "graphs, 43 layers", "2.867", *["0.000"] * 4, f"{0.4 + 0.1 * 43 / 15:.3f}", "0.000", "1.433"],
+    ]
+    assert "43/15" in decode.note
+    (point,) = recorder.result.data["decode"]
+    assert (point["graphs"], point["eager"], point["head"]) == (4.0, 9.0, 0.4)
 
 
 @pytest.mark.parametrize(
