@@ -49,7 +49,7 @@ class Sizes:
 
 
 FLASH = Sizes()
-TINY = Sizes(hidden=128, experts=8, chosen=2, inners=(128,), tokens=(1, 20))
+TINY = Sizes(hidden=128, experts=8, chosen=2, inners=(128,), tokens=(1, 6))
 
 
 @dataclass(frozen=True)

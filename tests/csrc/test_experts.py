@@ -179,13 +179,16 @@ def test_routing(make, ids):
     make(ids=ids).check()
 
 
-def test_as_many_tokens_as_are_taken(make):
-    make(tokens=cuda.MOST_TOKENS, topk=6, experts=40, hidden=64, inner=32).check()
+def test_as_many_tokens_as_are_taken_with_an_expert_that_all_visit(make):
+    problem = make(tokens=cuda.MOST_TOKENS, topk=7, experts=41, hidden=64, inner=32)
+    problem.ids[:, :6] %= 40
+    problem.ids[:, 6], problem.weights[:, 6] = 40, 1.0
+    problem.check()
 
 
 @pytest.mark.parametrize("first", [2, 100, -100])
 def test_experts_of_other_ranks_add_nothing(make, first):
-    problem = make(experts=3, first=first, ids=[[0, 1, 2], [2, 3, 4], [5, 6, 7], [4, 9, 4], [0, 0, 0]])
+    problem = make(experts=3, first=first, ids=[[0, 1, 2], [2, 3, 4], [5, 6, 7], [4, 9, 4], [0, -1, 0]])
     problem.check()
     reached = [True, True, False, True, False] if first == 2 else [False] * 5
     assert problem.run().any(dim=1).tolist() == reached

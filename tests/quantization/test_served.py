@@ -102,13 +102,24 @@ def test_deepseeks_own_formats(experts: Any, scale_dtype: torch.dtype, tmp_path:
     assert (served - expected).abs().max() <= TOLERANCE
 
 
+TWO_RANKS, NEW_TOKENS = "llmc_rtn_g32_asym", 4
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return load_file(DATA / f"{TWO_RANKS}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()[:60]
+
+
+@pytest.fixture(scope="module")
+def one_rank(prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    with running(DATA / TWO_RANKS) as llm:
+        return decode(llm, [prompt], NEW_TOKENS)[0]
+
+
 @pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["tp2", "ep2"])
-def test_two_ranks_give_the_same_tokens(options: dict[str, Any]) -> None:
-    name = "llmc_rtn_g32_asym"
-    prompt = load_file(DATA / f"{name}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()[:60]
-    with running(DATA / name) as llm:
-        ((alone, expected),) = decode(llm, [prompt], 8)
-    with running(DATA / name, multiprocessing=True, tensor_parallel_size=2, **options) as llm:
-        ((tokens, logprobs),) = decode(llm, [prompt], 8)
+def test_two_ranks_give_the_same_tokens(options: dict[str, Any], prompt: list[int], one_rank: Any) -> None:
+    alone, expected = one_rank
+    with running(DATA / TWO_RANKS, multiprocessing=True, tensor_parallel_size=2, **options) as llm:
+        ((tokens, logprobs),) = decode(llm, [prompt], NEW_TOKENS)
     assert tokens == alone
     assert (logprobs - expected).abs().max() <= TOLERANCE
