@@ -38,7 +38,10 @@ def part_environment(metadata: Path, dry: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if dry:
+    if not dry:
+        # Said here, because tests/conftest.py would take a GPU that is not the machine's first for none.
+        settings |= {"TRITON_INTERPRET": "0", "VLLM_LOGGING_LEVEL": "INFO"}
+    else:
         path.insert(0, str(V2_ON_CPU))
         settings |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
     return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(path)}

@@ -24,15 +24,15 @@ class Part:
 
 
 PARTS = (
-    Part("engine", "small checkpoints in vLLM: tokens against the CPU's, eager and in CUDA graphs", 45, 5),
+    Part("engine", "small checkpoints in vLLM: tokens against the CPU's, eager and in CUDA graphs", 45, 8),
     Part("long", "one layer of each kind at 1,048,576 tokens of context, against the reference", 25, 2),
-    Part("tests", "every test that is marked `gpu`", 60, 4),
-    Part("width", "Flash's real widths through vLLM's engine: speed, where the time goes, memory", 60, 6),
-    Part("peer", "vLLM's own DeepSeek-V4 at the same widths and layers", 60, 3, optional=True),
+    Part("tests", "every test that is marked `gpu`", 40, 3),
+    Part("width", "Flash's real widths through vLLM's engine: speed, where the time goes, memory", 60, 8),
+    Part("peer", "vLLM's own DeepSeek-V4 at the same widths and layers", 50, 2, optional=True),
     Part("kernels", "the benchmarks of the attention and MoE kernels, vLLM's own beside ours", 30, 4),
 )
 NAMES = tuple(part.name for part in PARTS)
-GRACE = 20.0
+GRACE = 30.0
 """Seconds between the time that a part is told to be done by and its end by force."""
 
 

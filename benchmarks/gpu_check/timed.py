@@ -14,8 +14,11 @@ import torch
 
 from .connector import PRETEND
 from .families import Event
-from .results import FailedError
+from .results import FailedError, NotRunError
 from .stepping import Steps
+
+SETTLED = 3
+"""Calls of `step()` after which requests that fit have been started."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class TimedEngine:
         most = 3 * self.warm + 2 * self.timed + 2 * self.profiled + 8
         names = self.add(batch, context, most, pretend=True)
         try:
-            self.advance(names[-1], self.warm)
+            self.advance(names[-1], self.warm, batch)
             captured = self.steps.captured > 0
             graphs, events = None, []
             if captured:
@@ -98,10 +101,18 @@ class TimedEngine:
             self.engine.add_request(names[-1], {"prompt_token_ids": ids}, params)
         return names
 
-    def advance(self, name: str, count: int) -> int:
-        """Step until the request has at least `count` more tokens; how many more it has."""
+    def advance(self, name: str, count: int, batch: int = 0) -> int:
+        """Step until the request has at least `count` more tokens; how many more it has.
+
+        Raises:
+            NotRunError: `batch` requests do not run at once.
+        """
         first = last = None
-        for _ in range(50 * count + 500):
+        for number in range(50 * count + 500):
+            if number == SETTLED and batch:
+                running, waiting = self.engine.engine_core.engine_core.scheduler.get_request_counts()
+                if running < batch:
+                    raise NotRunError(f"the cache holds {running} of these requests at once, {waiting} wait")
             for output in self.engine.step():
                 if output.request_id == name:
                     last = len(output.outputs[0].token_ids)

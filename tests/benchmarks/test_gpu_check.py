@@ -244,4 +244,5 @@ print(ModelRegistry.models["DeepseekV4ForCausalLM"].module_name)
     assert Path(found) == metadata
     assert module == "vllm_deepseek_v4flash.model"
     # vLLM inspects model classes in a process of its own, which gets these variables.
-    assert variables["PYTHONPATH"].split(os.pathsep)[0] == str(metadata)
+    assert variables["PYTHONPATH"].split(os.pathsep)[:2] == [str(metadata), str(environment.ROOT)]
+    assert variables["TRITON_INTERPRET"] == "0"

@@ -191,7 +191,9 @@ def timed_engine(replies: list[int | None], ends: bool = False) -> timed.TimedEn
         other = types.SimpleNamespace(request_id="other", outputs=[output], finished=True)
         return [other, types.SimpleNamespace(request_id="r", outputs=[output], finished=ends)]
 
-    found.engine = types.SimpleNamespace(step=step)
+    scheduler = types.SimpleNamespace(get_request_counts=lambda: (3, 5))
+    core = types.SimpleNamespace(engine_core=types.SimpleNamespace(scheduler=scheduler))
+    found.engine = types.SimpleNamespace(step=step, engine_core=core)
     return found
 
 
@@ -202,6 +204,9 @@ def test_steps_are_those_that_made_tokens():
         timed_engine([5]).advance("r", 3)
     with pytest.raises(FailedError, match="ended after 5 tokens"):
         timed_engine([5], ends=True).advance("r", 1)
+    assert timed_engine([1, 2, 3, 4, 5]).advance("r", 4, batch=3) == 4
+    with pytest.raises(NotRunError, match="the cache holds 3 of these requests at once, 5 wait"):
+        timed_engine([1, 2, 3, 4, 5]).advance("r", 4, batch=8)
 
 
 def test_a_points_figures(tmp_path):
