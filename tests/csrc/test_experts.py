@@ -249,4 +249,8 @@ def test_asked_for_by_name_they_refuse_what_they_cannot_compute(make, monkeypatc
 def test_other_numbers_of_tokens_are_left_to_triton(make, monkeypatch, tokens):
     problem = make(tokens=tokens)
     monkeypatch.setattr(cuda, "triton_packed_experts", lambda *arguments, **options: "Triton's")
-    assert problem.run() == "Triton's"
+    cuda._tell_bound.cache_clear()
+    told = []
+    monkeypatch.setattr(cuda.logger, "info", lambda message, *values: told.append(message % values))
+    assert [problem.run(), problem.run()] == ["Triton's"] * 2
+    assert told == ["Experts run in csrc/'s kernels for up to 32 tokens at a time, and in Triton's beyond."]

@@ -45,6 +45,8 @@ def packed_experts(
     reason = unsuitable(x.dtype, scheme13, scheme2, x.shape[1], w2)
     if reason is not None:
         _tell(reason, chosen())
+    else:
+        _tell_bound()
     if reason is not None or not 0 < x.shape[0] <= MOST_TOKENS:
         return triton_packed_experts(
             x, w13, w2, scheme13, scheme2, topk_weights, topk_ids, swiglu_limit=swiglu_limit, first_expert=first_expert
@@ -90,6 +92,11 @@ def _tell(reason: str, choice: str) -> None:
             f"{OPS_ENV}=cuda: csrc/'s experts cannot compute {reason}. Leave {OPS_ENV} unset for Triton's kernels."
         )
     logger.info("Experts run in Triton's kernels only; csrc/'s cannot compute %s.", reason)
+
+
+@functools.cache
+def _tell_bound() -> None:
+    logger.info("Experts run in csrc/'s kernels for up to %d tokens at a time, and in Triton's beyond.", MOST_TOKENS)
 
 
 def _weights(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> ctypes._Pointer[Weights]:
