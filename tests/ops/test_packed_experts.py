@@ -9,6 +9,7 @@ import torch
 from vllm_deepseek_v4flash.ops.packed_experts import packed_experts
 from vllm_deepseek_v4flash.ops.reference import packed_experts as packed_experts_reference
 from vllm_deepseek_v4flash.ops.reference.packed_linear import packed_linear
+from vllm_deepseek_v4flash.ops.swiglu import swiglu
 from vllm_deepseek_v4flash.quantization.scheme import Scheme, canonical_shapes, dequantise, shard_scheme
 
 from .numeric import FUNCTION, U, assert_exact, assert_within, f64, normal
@@ -202,6 +203,23 @@ def test_an_expert_listed_twice_counts_twice(device, rng):
     x, weights, ids = routed(rng, device)
     ids[:] = 2
     ours.check(ours(x, weights, ids), x, weights, ids)
+
+
+@pytest.mark.parametrize("tokens", [5, 90])  # that look for their pairs themselves, and that are sorted
+def test_the_shared_expert_along_is_the_shared_expert_apart(device, rng, implementation, tokens):
+    ours = experts("int4-g32", device, num=5, hidden=32, inner=32)
+    x, weights, ids = routed(rng, device, tokens=tokens, hidden=32, num=4)
+    all_weights = torch.nn.functional.pad(weights, (0, 1), value=1.0)
+    all_ids = torch.nn.functional.pad(ids, (0, 1), value=4)
+    along = ours(x, all_weights, all_ids)
+    ours.check(along, x, all_weights, all_ids)
+    if implementation != "reference":
+        return
+    w13, w2 = ({name: t[4] for name, t in w.items()} for w in (ours.w13, ours.w2))
+    gate, up = (packed_linear(x, {name: t[i] for name, t in w13.items()}, ours.scheme13) for i in (0, 1))
+    apart = ours(x, weights, ids, held=slice(0, 4))
+    apart += packed_linear(swiglu(gate, up, 10.0).to(x.dtype), w2, ours.scheme2).float()
+    assert torch.equal(along, apart)
 
 
 @pytest.mark.parametrize("tokens", [4001, 300, 150])  # 1000, 75 and 37 for an expert on average
