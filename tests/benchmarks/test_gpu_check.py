@@ -105,13 +105,27 @@ def test_a_part_that_hangs_is_killed_with_all_that_it_started(monkeypatch, made_
 
 
 def test_what_cannot_run_is_no_failure(monkeypatch, made_up, described):
-    status, report = check(monkeypatch, made_up, part("impossible"), part("crashing", optional=True))
+    status, report = check(monkeypatch, made_up, part("impossible"))
     assert status == 0
-    impossible, optional = report["parts"]
+    (impossible,) = report["parts"]
     assert (impossible["status"], impossible["reason"]) == ("not run", "no such kernels here")
-    assert optional["status"] == "not run"
-    assert "without a complete report" in optional["reason"]
-    assert "fell over" in optional["log"]
+
+
+@pytest.mark.parametrize(("optional", "status"), [(True, "not run"), (False, "failed")])
+def test_what_goes_wrong_in_a_part_of_others_is_no_failure(optional, status):
+    crashed = PartResult("peer", running="engine")
+    process.judge(crashed, 1, optional)
+    assert crashed.status == status
+    assert crashed.reason == "ended with status 1 without a complete report during 'engine'"
+    wrong = PartResult("peer", finished=True, checks=[Check("a", "failed"), Check("b", "passed")])
+    process.judge(wrong, 0, optional)
+    assert (wrong.status, wrong.reason) == (status, "1 of 2 failed: a")
+
+
+def test_in_a_dry_run_every_part_is_ours(monkeypatch, made_up, described):
+    status, report = check(monkeypatch, made_up, part("crashing", optional=True))
+    assert status == 1
+    assert report["failed"] == ["crashing"]
 
 
 def test_what_no_longer_fits_is_not_run(monkeypatch, made_up, described):
