@@ -51,7 +51,7 @@ def routed_experts(
     }  # fmt: skip
     args13, constants13 = w13.fitted(block_k, word)
     args2, constants2 = w2.fitted(block_k, word)
-    if w13.perm is not None:
+    if w13.perm is not None or (sorting[0] is not None and tile["BLOCK_T"] == 16):
         tile["maxnreg"] = 255  # or ptxas makes do with 80, and spills
     launch(
         _gate_up, (triton.cdiv(inner, tile["BLOCK_R"] // 2), chunks),
