@@ -20,7 +20,7 @@ DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     # Where there is no GPU, Triton's interpreter runs the kernels; Triton reads this when it is imported.
-    **({} if Path("/dev/nvidia0").exists() else {"TRITON_INTERPRET": "1"}),
+    **({} if any(Path("/dev").glob("nvidia[0-9]*")) else {"TRITON_INTERPRET": "1"}),
 }
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HARNESS = Path(__file__).resolve().parent / "v2_on_cpu"
+PLAIN = ("-p", "no:cacheprovider", "--durations", "20")
 
 
 def run_on_v2(*arguments: str, timeout: float) -> str:
@@ -36,8 +37,16 @@ def test_vllm_takes_the_v2_runner() -> None:
     assert "V2 True" in run_on_v2("-c", code, timeout=300)
 
 
-def test_every_triton_kernel_inside_vllm() -> None:
-    printed = run_on_v2("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HARNESS), timeout=3000)
+@pytest.mark.parametrize(
+    ("file", "selection"),
+    [
+        pytest.param("test_triton_ops.py", "not slow", id="kernels"),
+        pytest.param("test_triton_ops.py", "slow", id="kernels-slow", marks=pytest.mark.slow),
+        pytest.param("test_cuda_graphs.py", "not slow", id="graphs"),
+    ],
+)
+def test_the_gpu_path_inside_vllm(file: str, selection: str) -> None:
+    printed = run_on_v2("-m", "pytest", "-q", *PLAIN, "-m", selection, str(HARNESS / file), timeout=3000)
     assert re.search(r"[1-9]\d* passed", printed.strip().splitlines()[-1]), printed
 
 
@@ -49,7 +58,7 @@ def test_every_triton_kernel_inside_vllm() -> None:
     ],
 )
 def test_marked_tests_pass_on_v2(selection: str) -> None:
-    printed = run_on_v2("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection, timeout=3000)
+    printed = run_on_v2("-m", "pytest", "-q", *PLAIN, "-m", selection, timeout=3000)
     summary = printed.strip().splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed is not None, summary
