@@ -17,7 +17,7 @@ from vllm_deepseek_v4flash.ops import dispatch
 
 PROMPTS = (slice(0, 150), slice(20, 43), slice(5, 6))
 SHORT = (slice(0, 9), slice(9, 13), slice(5, 6))
-"""Three, which leave a graph of four a row of padding; the longest of `PROMPTS` passes what the indexer selects unasked."""
+"""Three, which leave a graph of four a row of padding; the longest of PROMPTS passes what the indexer takes unasked."""
 
 
 @pytest.mark.parametrize(
