@@ -236,7 +236,7 @@ ATTENTION = (
           _in(f"{_ATTENTION}._compute", ("self.kv_norm(kv)", "kv"))),
     _trap("output groups of strided heads", "odd",
           _in(f"{_ATTENTION}.forward",
-              ("o.unflatten(1, (self.groups, -1)).flatten(2)",
+              ("o.view(x.shape[0], self.groups, self.heads // self.groups * self.dim)",
                "o.unflatten(1, (-1, self.groups)).transpose(1, 2).flatten(2)"))),
     _trap("norms without their eps", "streams3",
           _op("rms_norm", "keepdim=True) + eps", "keepdim=True)")),
