@@ -55,7 +55,12 @@ class Question:
 
 
 def client_of(server: Server) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=server.api, api_key="unused", timeout=REQUEST_TIMEOUT, max_retries=0)
+    """A client that asks once. No connection is used again: the server closes one that has been idle for 5 s, and a
+    request that meets the end of it fails (docs/operations.md)."""
+    return openai.AsyncOpenAI(
+        base_url=server.api, api_key="unused", timeout=REQUEST_TIMEOUT, max_retries=0,
+        default_headers={"Connection": "close"},
+    )  # fmt: skip
 
 
 def make_prompts(count: int, seed: int, vocab_size: int = 264) -> list[tuple[int, ...]]:

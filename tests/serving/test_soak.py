@@ -178,15 +178,19 @@ def test_sigterm_without_a_timeout_ends_when_the_clients_have_gone(tmp_path: Pat
     async def run(server: Server) -> int:
         family = server.processes()
         async with client_of(server) as client:
-            request = asyncio.create_task(ask(client, FAULT_PROMPT, MAX_MODEL_LEN - len(FAULT_PROMPT)))
-            while (await asyncio.to_thread(server.metrics))["vllm:num_requests_running"] == 0:
+            # As many as run at once, so that none is through before the signal comes.
+            tokens = MAX_MODEL_LEN - len(FAULT_PROMPT)
+            requests = [asyncio.create_task(ask(client, FAULT_PROMPT, tokens)) for _ in range(16)]
+            while (await asyncio.to_thread(server.metrics))["vllm:num_requests_running"] < 16:
                 await asyncio.sleep(0.1)
             server.send(signal.SIGTERM)
             while "engine manager stopped" not in server.output():
                 await asyncio.sleep(0.1)
-            request.cancel()
-            (ending,) = await asyncio.gather(request, return_exceptions=True)
-            assert isinstance(ending, openai.APIError | asyncio.CancelledError), ending
+            for request in requests:
+                request.cancel()
+            endings = await asyncio.gather(*requests, return_exceptions=True)
+            unexpected = [e for e in endings if not isinstance(e, openai.APIError | asyncio.CancelledError)]
+            assert unexpected == []
         return await asyncio.to_thread(server.wait_until_gone, list(family.values()), STOP_TIMEOUT)
 
     with Server(TOY, tmp_path / "log.txt", vllm_options(stop_seconds=0)) as server:
