@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,4 +73,4 @@ class DeepseekV4MetadataBuilder(AttentionMetadataBuilder[DeepseekV4Metadata]):
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DeepseekV4Metadata:
         """The metadata that a graph is captured with: whichever requests replay it, none is longer than this says."""
         metadata = self.build(0, common_attn_metadata)
-        return dataclasses.replace(metadata, max_seq_len=self._max_model_len)
+        return replace(metadata, max_seq_len=self._max_model_len)
