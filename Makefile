@@ -19,7 +19,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 compile-table: setup
-	$(BIN)/python -m benchmarks.compile_table --output docs/compile-table.md $(ARGS)
+	$(BIN)/python -m checks.compile_table --output docs/compile-table.md $(ARGS)
 
 bench-attention: setup
 	$(BIN)/python -m benchmarks.attention $(ARGS)
@@ -28,7 +28,7 @@ bench-moe: setup
 	$(BIN)/python -m benchmarks.moe $(ARGS)
 
 gpu-check: setup
-	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+	$(BIN)/python -m checks.gpu_check $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,13 +20,24 @@ from typing import Any
 
 import torch
 
-from vllm_deepseek_v4flash.attention.page_sizes import PageSize, entry_page, state_format, state_page, window_page
+from vllm_deepseek_v4flash.kv_cache.page_sizes import PageSize, entry_page, state_format, state_page, window_page
 from vllm_deepseek_v4flash.ops.apply_rope import apply_rope
 from vllm_deepseek_v4flash.ops.rows import PagedRows, dequantise, quantise
 
 from . import roofline, vllm_kernels
 from .flash_cases import EPS, row_format
-from .inputs import FLASH, TINY, Attention, Sizes, paged, quarter_turns, slots_of, spread_indices, stored, stored_bound
+from .inputs import (
+    FLASH,
+    TINY,
+    Attention,
+    Sizes,
+    paged,
+    quarter_turns,
+    slots_of,
+    spread_indices,
+    stored,
+    stored_bound,
+)
 from .report import Row
 from .roofline import Aim, Bench, Case, Work, WrongResultError, compare, sampled, twin_and_reference
 

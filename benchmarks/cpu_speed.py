@@ -222,7 +222,7 @@ def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     from vllm.model_executor.layers.linear import LinearBase
 
     from vllm_deepseek_v4flash.ops import dispatch
-    from vllm_deepseek_v4flash.ops.numba.recording import Recording
+    from vllm_deepseek_v4flash.ops.cpu.recording import Recording
 
     seconds: dict[str, float] = defaultdict(float)
     running: list[float] = []

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from vllm_deepseek_v4flash.attention.page_sizes import PageSize, entry_page, state_format, state_page, window_page
+from vllm_deepseek_v4flash.kv_cache.page_sizes import PageSize, entry_page, state_format, state_page, window_page
+from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes, shard_scheme
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
-from vllm_deepseek_v4flash.quantization.scheme import Scheme, canonical_shapes, shard_scheme
 
 HIDDEN, HEADS, DIM, ROPE, Q_RANK, O_GROUPS, O_RANK = 4096, 64, 512, 64, 1024, 8, 1024
 INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 512

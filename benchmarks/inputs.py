@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_deepseek_v4flash.attention.page_sizes import PageSize
+from vllm_deepseek_v4flash.kv_cache.page_sizes import PageSize
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat, read_rows, write_rows
 
 from . import flash_cases as flash

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from vllm_deepseek_v4flash.ops.cuda.library import built
-from vllm_deepseek_v4flash.quantization.scheme import Scheme, canonical_shapes
+from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes
 
 from . import roofline, vllm_kernels
 from .flash_cases import CHOSEN, EXPERTS, HIDDEN, INNER, WEIGHTS

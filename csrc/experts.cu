@@ -40,7 +40,7 @@ struct Shared {
   int count, held;
   bool last;
 };
-static_assert(sizeof(Shared) == 64556);  // what benchmarks/compile_table.py holds against every GPU's
+static_assert(sizeof(Shared) == 64556);  // what checks/compile_table.py holds against every GPU's
 
 // Finds the pairs of this block: those numbered 8n to 8n + 7 among the pairs of its expert, where pair `slot` is
 // number 8n; none where it has another number, or its expert is not held. Returns the expert, counted from the first.

@@ -223,7 +223,7 @@ def print_speed(outputs: Sequence[Any], seconds: float) -> None:
 
 def describe_rows(config: DeepseekV4Config, vllm_config: Any) -> str:
     """How the cached rows are stored, once vLLM's `auto` is resolved."""
-    from vllm_deepseek_v4flash.attention.formats import CacheFormats
+    from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
 
     index_dtype = (vllm_config.additional_config or {}).get("index_cache_dtype", "auto")
     cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype

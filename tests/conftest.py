@@ -12,7 +12,7 @@ from typing import Any
 
 # Before torch and vLLM are imported, which read these once; inherited by every process that a test starts.
 DEFAULTS = {
-    # Two engines' threads that spin for the same cores take ten times as long (tests/engine.py).
+    # Two engines' threads that spin for the same cores take ten times as long (testing/engine.py).
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -30,7 +30,7 @@ collect_ignore = [] if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else ["
 import pytest  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.interpreter import mend
+    from testing.interpreter import mend
 
     mend()
 
@@ -99,8 +99,8 @@ def seed_all(name: str) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _poison() -> Iterator[None]:
-    """For the whole session, because engines of module-scoped fixtures outlive a test. See tests/poison.py."""
-    from tests.poison import poisoned_allocations
+    """For the whole session, because engines of module-scoped fixtures outlive a test. See testing/poison.py."""
+    from testing.poison import poisoned_allocations
 
     with poisoned_allocations():
         yield

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import BASE, CONFIGS, resaved
+from testing.tiny import BASE, CONFIGS, resaved
 from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind, RopeScaling
 
 YARN = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import engine, oracle, tiny
-from tests.served import TOLERANCE, serve
+from testing import engine, oracle, tiny
+from testing.served import TOLERANCE, serve
 
 pytestmark = pytest.mark.gpu
 EXAMPLES = Path(__file__).parents[1] / "examples"

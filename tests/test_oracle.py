@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests import oracle
-from tests.tiny import CONFIGS, TOY, TinySpec, prompt_tokens, random_tensors, write_checkpoint
+from testing import oracle
+from testing.tiny import CONFIGS, TOY, TinySpec, prompt_tokens, random_tensors, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import engine, oracle, tiny
-from tests.served import TOLERANCE, Served, serve
+from testing import engine, oracle, tiny
+from testing.served import TOLERANCE, Served, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NEW_TOKENS = 40

@@ -1,4 +1,4 @@
-"""tests/poison.py and tests/conftest.py: without them other tests would pass for the wrong reason."""
+"""testing/poison.py and tests/conftest.py: without them other tests would pass for the wrong reason."""
 
 import random
 from types import SimpleNamespace
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from testing.poison import poison_integer, poisoning
 from tests import conftest
-from tests.poison import poison_integer, poisoning
 
 
 def call_from(module, expression, **names):
@@ -56,7 +56,7 @@ def test_an_integer_poison_is_no_index():
         table[torch.tensor([poison_integer(torch.int64)])]
 
 
-@pytest.mark.parametrize("module", ["tests.oracle", "vllm_deepseek_v4flash_other", "torch.nn"])
+@pytest.mark.parametrize("module", ["testing.oracle", "vllm_deepseek_v4flash_other", "torch.nn"])
 def test_others_get_what_they_asked_for(module):
     """Zeros stand for the fresh memory, which may hold a NaN of an earlier test."""
     allocate = poisoning(torch.zeros)
@@ -65,7 +65,7 @@ def test_others_get_what_they_asked_for(module):
 
 
 def test_parameters_of_our_layers_start_as_nan():
-    from tests.tiny import CONFIGS
+    from testing.tiny import CONFIGS
     from vllm_deepseek_v4flash.layers.hyper_connections import mixing_parameters
 
     module = nn.Module()

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests import engine, tiny
-from tests.mutate import mutated
-from tests.served import TOLERANCE, Served, serve
-from tests.traps import CHUNK, HARMLESS, TRAPS, Trap
+from testing import engine, tiny
+from testing.mutate import mutated
+from testing.served import TOLERANCE, Served, serve
+from testing.traps import CHUNK, HARMLESS, TRAPS, Trap
 from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError
 from vllm_deepseek_v4flash.ops import dispatch
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HARNESS = Path(__file__).resolve().parent / "v2_on_cpu"
+HARNESS = ROOT / "testing" / "v2_on_cpu"
+TESTS = ROOT / "tests" / "v2_on_cpu"
 PLAIN = ("-p", "no:cacheprovider", "--durations", "20")
 
 
@@ -46,7 +47,7 @@ def test_vllm_takes_the_v2_runner() -> None:
     ],
 )
 def test_the_gpu_path_inside_vllm(file: str, selection: str) -> None:
-    printed = run_on_v2("-m", "pytest", "-q", *PLAIN, "-m", selection, str(HARNESS / file), timeout=3000)
+    printed = run_on_v2("-m", "pytest", "-q", *PLAIN, "-m", selection, str(TESTS / file), timeout=3000)
     assert re.search(r"[1-9]\d* passed", printed.strip().splitlines()[-1]), printed
 
 

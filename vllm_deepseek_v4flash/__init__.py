@@ -47,7 +47,7 @@ def register() -> None:
             _log_info(f"{DISABLE_ENV} is set: DeepSeek-V4 stays with vLLM's in-tree model.")
             _registered = True
             return
-        from vllm_deepseek_v4flash import plugin
+        from vllm_deepseek_v4flash.integration import install as plugin
 
         _log_info(f"vllm-deepseek-v4flash {__version__}: {plugin.install()}")
         _registered = True

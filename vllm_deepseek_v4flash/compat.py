@@ -4,7 +4,7 @@ The model side imports vLLM only through this module, so that a vLLM release tha
 by name, and is mended here.  Importing it imports torch and most of vLLM: `vllm_deepseek_v4flash/__init__.py`
 must not, and does not.
 
-`tests/test_compat.py` checks each name, each dataclass field and each signature that the plugin relies on.
+`tests/integration/test_compat.py` checks each name, each dataclass field and each signature that the plugin relies on.
 """
 
 from __future__ import annotations

@@ -16,9 +16,6 @@ import torch
 from torch import nn
 
 from . import logger_name
-from .attention.caches import LayerCaches
-from .attention.formats import CacheFormats
-from .attention.replay import StepReplay, replays
 from .checkpoint.loader import load_weights
 from .compat import (
     IntermediateTensors,
@@ -33,13 +30,16 @@ from .compat import (
     maybe_prefix,
 )
 from .config import DeepseekV4Config, LayerKind
+from .integration.install import build_in_tree_model
+from .kv_cache.formats import CacheFormats
+from .kv_cache.layer_caches import LayerCaches
+from .kv_cache.replay import StepReplay, replays
 from .layers.attention import DeepseekV4Attention
 from .layers.hyper_connections import HyperConnection, Residual, merge_streams, mixing_parameters
 from .layers.moe import MoE
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryEmbedding
 from .ops.dispatch import describe, prepare
-from .plugin import build_in_tree_model
 
 logger = logging.getLogger(logger_name(__name__))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import cpu_speed
-from tests.tiny import CONFIGS, write_checkpoint
+from testing.tiny import CONFIGS, write_checkpoint
 from vllm_deepseek_v4flash.ops.rms_norm import rms_norm
 from vllm_deepseek_v4flash.ops.swiglu import swiglu
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import CONFIGS, TinySpec, fuse_experts, random_tensors
+from testing.tiny import CONFIGS, TinySpec, fuse_experts, random_tensors
 from vllm_deepseek_v4flash.checkpoint import loader, names
 from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError, load_weights
 from vllm_deepseek_v4flash.config import DeepseekV4Config

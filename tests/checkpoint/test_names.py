@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests import oracle
-from tests.tiny import CONFIGS, TOY, random_tensors, write_checkpoint
+from testing import oracle
+from testing.tiny import CONFIGS, TOY, random_tensors, write_checkpoint
 from vllm_deepseek_v4flash.checkpoint import names
 from vllm_deepseek_v4flash.checkpoint.names import TABLE, expected_tensors, native_name, stored_name
 from vllm_deepseek_v4flash.config import DeepseekV4Config

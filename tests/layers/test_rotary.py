@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.tiny import BASE
+from testing.tiny import BASE
 from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind, RopeScaling
 from vllm_deepseek_v4flash.layers.rotary import RotaryEmbedding, inverse_frequencies
 

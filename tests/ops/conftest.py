@@ -24,23 +24,23 @@ def need_interpreter():
 
 
 TWINS = files("triton")
-ON_CPU = files("numba") & files("reference")
+ON_CPU = files("cpu") & files("reference")
 
 
 def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".test_")[2]
         twins = ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)] if op in TWINS else []
-        compiled = ["numba"] if op in ON_CPU else []
+        compiled = ["cpu"] if op in ON_CPU else []
         metafunc.parametrize("implementation", ["reference", *compiled, *twins], indirect=True)
 
 
 @pytest.fixture
 def implementation(request, monkeypatch):
-    """Which implementation of the tested op runs: `reference`, `numba`, `interpreted` or `cuda`."""
+    """Which implementation of the tested op runs: `reference`, `cpu`, `interpreted` or `cuda`."""
     if request.param == "interpreted":
         need_interpreter()
-    choice = request.param if request.param in ("reference", "numba") else "triton"
+    choice = request.param if request.param in ("reference", "cpu") else "triton"
     monkeypatch.setenv(dispatch.OPS_ENV, choice)
     dispatch._resolve.cache_clear()
     yield request.param

@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 
+from testing import codecs
+from testing.numeric import FUNCTION, U32, U, assert_exact, f64, integers, normal
+from testing.paging import POISON, make_cache
 from vllm_deepseek_v4flash.ops.compress import compress
 from vllm_deepseek_v4flash.ops.rows import RowFormat
-
-from . import codecs
-from .numeric import FUNCTION, U32, U, assert_exact, f64, integers, normal
-from .paging import POISON, make_cache
 
 DIM, ROPE, EPS = 16, 4, 1e-3
 INV_FREQ = [0.9, 0.05]

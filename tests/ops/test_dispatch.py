@@ -56,8 +56,8 @@ def test_without_a_backend_the_reference_runs(monkeypatch):
 
 
 def test_a_cpu_takes_the_numba_twins():
-    assert dispatch.implementation("rms_norm", CPU).__module__.endswith("ops.numba.rms_norm")
-    assert "numba (compress, " in dispatch.describe(CPU)
+    assert dispatch.implementation("rms_norm", CPU).__module__.endswith("ops.cpu.rms_norm")
+    assert "cpu (compress, " in dispatch.describe(CPU)
 
 
 def test_prepare_imports_every_implementation():
@@ -93,8 +93,8 @@ def choose(monkeypatch, choice, interpret="1"):
 
 
 def test_numba_can_be_chosen_for_a_cpu_only(monkeypatch):
-    choose(monkeypatch, "numba")
-    assert dispatch.backends("cpu") == ("numba", "reference")
+    choose(monkeypatch, "cpu")
+    assert dispatch.backends("cpu") == ("cpu", "reference")
     with pytest.raises(ValueError, match="needs a CPU and the package numba, which vLLM installs; this is cuda"):
         dispatch.backends("cuda")
     monkeypatch.delitem(dispatch.BACKENDS, "cpu")
@@ -151,7 +151,7 @@ def test_triton_can_be_chosen_for_a_cpu_with_its_interpreter(monkeypatch):
 
 def test_an_unknown_choice_is_named(monkeypatch):
     choose(monkeypatch, "cutlass")
-    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, numba, triton, cuda"):
+    with pytest.raises(ValueError, match="'cutlass' is not known; allowed: auto, reference, cpu, triton, cuda"):
         dispatch.backends("cuda")
 
 

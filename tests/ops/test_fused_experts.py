@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
+from testing.numeric import normal
+from testing.packed_weights import check_experts as check
+from testing.packed_weights import experts_in_fp64 as oracle
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
-
-from .numeric import normal
-from .weights import check_experts as check
-from .weights import experts_in_fp64 as oracle
 
 
 def problem(rng, device, *, tokens=9, hidden=40, inner=24, experts=6, topk=3, dtype=torch.float32):

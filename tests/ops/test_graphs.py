@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from testing.numeric import assert_exact, normal
+from testing.paging import make_cache
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.compress import compress
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
@@ -19,9 +21,6 @@ from vllm_deepseek_v4flash.ops.rope_table import rope_table
 from vllm_deepseek_v4flash.ops.route import route
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention
-
-from .numeric import assert_exact, normal
-from .paging import make_cache
 
 DIM, INDEX_DIM, ROPE, HEADS = 48, 64, 8, 3
 LENGTHS = [40, 9, 23]

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from testing import codecs
+from testing.numeric import FUNCTION, U32, assert_exact, assert_within, f64, integers, normal
 from vllm_deepseek_v4flash.ops.hadamard import hadamard
-
-from . import codecs
-from .numeric import FUNCTION, U32, assert_exact, assert_within, f64, integers, normal
 
 
 @pytest.mark.parametrize("dim", [1, 2, 32, 64, 128])

@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 
+from testing import codecs
+from testing.numeric import U32, f64, integers, normal
+from testing.paging import make_cache
 from vllm_deepseek_v4flash.ops.indexer_topk import indexer_topk
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
-
-from . import codecs
-from .numeric import U32, f64, integers, normal
-from .paging import make_cache
 
 DIM, ROPE = 64, 8
 PACKAGE = "vllm_deepseek_v4flash.ops"
@@ -312,7 +311,7 @@ def test_four_bit_queries_are_transformed_and_rounded_like_the_keys(device, rng)
 @pytest.mark.parametrize("workspace", [1, 300, 5000])
 def test_small_workspaces_select_the_same(implementation, monkeypatch, device, rng, fmt, workspace):
     """Tokens come in chunks: of one, of several but not all, and with requests that chunks and blocks divide."""
-    package = implementation if implementation in ("reference", "numba") else "triton"
+    package = implementation if implementation in ("reference", "cpu") else "triton"
     monkeypatch.setattr(importlib.import_module(f"{PACKAGE}.{package}.indexer_topk"), "_WORKSPACE", workspace)
     cache, keys, q, weights = exact_problem(fmt, rng, device, [20, 14, 17], 11)
     request, options = sorted(t % 3 for t in range(11)), {"ratio": 4, "topk": 6, "max_entries": 20}

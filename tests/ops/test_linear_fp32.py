@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from testing.numeric import U32, assert_exact, assert_within, f64, integers, normal
 from vllm_deepseek_v4flash.ops.linear_fp32 import linear_fp32
-
-from .numeric import U32, assert_exact, assert_within, f64, integers, normal
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from testing.numeric import U32, assert_exact, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.mhc_post import mhc_post
-
-from .numeric import U32, assert_exact, assert_within, f64, normal
 
 
 def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32):

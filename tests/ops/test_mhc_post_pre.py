@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from testing.numeric import U32, assert_exact, assert_within, f64
 from vllm_deepseek_v4flash.ops.mhc_post import mhc_post
 from vllm_deepseek_v4flash.ops.mhc_post_pre import mhc_post_pre
 from vllm_deepseek_v4flash.ops.mhc_pre import mhc_pre
 
 from . import test_mhc_post, test_mhc_pre
-from .numeric import U32, assert_exact, assert_within, f64
 
 OPTIONS = test_mhc_pre.OPTIONS
 

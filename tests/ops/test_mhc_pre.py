@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+from testing import mhc_oracle
+from testing.mhc_oracle import sigmoid, tensor
+from testing.numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.mhc_pre import mhc_pre
-
-from . import mhc_oracle
-from .mhc_oracle import sigmoid, tensor
-from .numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
 
 
 def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=1.0, norm=False):

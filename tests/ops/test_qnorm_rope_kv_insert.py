@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
+from testing.numeric import FUNCTION, U32, U, assert_within, f64, normal
+from testing.paging import POISON, make_cache
 from vllm_deepseek_v4flash.ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
 from vllm_deepseek_v4flash.ops.rows import RowFormat
-
-from .numeric import FUNCTION, U32, U, assert_within, f64, normal
-from .paging import POISON, make_cache
 
 DIM, ROPE = 48, 8
 INV_FREQ = [1.0, 0.3, 0.05, 0.002]

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from testing.numeric import FUNCTION, U32, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.rms_norm import rms_norm
-
-from .numeric import FUNCTION, U32, assert_within, f64, normal
 
 
 def oracle(x, weight, eps):

@@ -4,9 +4,8 @@ import numpy
 import pytest
 import torch
 
+from testing.numeric import U32, f64
 from vllm_deepseek_v4flash.ops.rope_table import rope_table
-
-from .numeric import U32, f64
 
 # The angle is exact, so only the function rounds: values of at most 1, to 4 ulp of the half below it.
 BOUND = 4 * U32

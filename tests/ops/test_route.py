@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
+from testing.numeric import FUNCTION, U32, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.route import route
-
-from .numeric import FUNCTION, U32, assert_within, f64, normal
 
 
 def oracle(logits, topk, bias, expert_ids, scaling, renormalize=True):

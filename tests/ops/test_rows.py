@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
+from testing import codecs
+from testing.numeric import assert_exact, integers, normal
+from testing.paging import POISON, make_cache
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat, read_rows, write_rows
-
-from . import codecs
-from .numeric import assert_exact, integers, normal
-from .paging import POISON, make_cache
 
 FORMATS = {
     "fp32": RowFormat.plain(24, torch.float32),

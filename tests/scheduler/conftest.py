@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine import make_llm, shutdown
-from tests.scheduler.prompts import SPEC
-from tests.scheduler.steering import Result, Runner
-from tests.tiny import write_checkpoint
+from testing.engine import make_llm, shutdown
+from testing.scheduler.prompts import SPEC
+from testing.scheduler.runner import Result, Runner
+from testing.tiny import write_checkpoint
 
 
 class Engines:

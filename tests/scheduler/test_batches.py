@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.mutate import mutated
+from testing.mutate import mutated
+from testing.scheduler.mistakes import SHARE_PAGES
+from testing.scheduler.prompts import TEXTS
+from testing.scheduler.runner import Request, Run, difference
 from tests.scheduler.conftest import Engines, References
-from tests.scheduler.mistakes import SHARE_PAGES
-from tests.scheduler.prompts import TEXTS
-from tests.scheduler.steering import Request, Run, difference
 
 NEW_TOKENS = 20
 # Next to the ends of entries and pages.

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutate import mutated
+from testing.mutate import mutated
+from testing.scheduler.exact import reference_ops, rounding_once
+from testing.scheduler.mistakes import FORGET_STATES
+from testing.scheduler.prompts import TEXTS
+from testing.scheduler.runner import Request, difference
 from tests.scheduler.conftest import Engines, References
-from tests.scheduler.exact import reference_ops, rounding_once
-from tests.scheduler.mistakes import FORGET_STATES
-from tests.scheduler.prompts import TEXTS
-from tests.scheduler.steering import Request, difference
 
 PROMPT, NEW_TOKENS = TEXTS[0], 20
 

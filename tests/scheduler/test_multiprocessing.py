@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.engine import running
+from testing.engine import running
+from testing.scheduler.prompts import TEXTS
+from testing.scheduler.runner import Request, difference, generate
 from tests.scheduler.conftest import Engines, References
-from tests.scheduler.prompts import TEXTS
-from tests.scheduler.steering import Request, difference, generate
 
 PROMPTS = (TEXTS[0], TEXTS[2], TEXTS[4][:130])
 NEW_TOKENS = 20

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests import oracle
-from tests.engine import running
-from tests.scheduler.prompts import MIN_MARGIN, TEXTS
-from tests.scheduler.steering import Request, Result, difference, generate
-from tests.tiny import TinySpec, write_checkpoint
+from testing import oracle
+from testing.engine import running
+from testing.scheduler.prompts import MIN_MARGIN, TEXTS
+from testing.scheduler.runner import Request, Result, difference, generate
+from testing.tiny import TinySpec, write_checkpoint
 
 # vLLM needs a layer of each kind on every stage. Layer 2 routes by token id on the second stage.
 SPEC = TinySpec(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import oracle
+from testing import oracle
+from testing.scheduler.prompts import MIN_MARGIN, TEXTS
+from testing.scheduler.runner import TOLERANCE, Result, difference
 from tests.scheduler.conftest import References
-from tests.scheduler.prompts import MIN_MARGIN, TEXTS
-from tests.scheduler.steering import TOLERANCE, Result, difference
 
 NEW_TOKENS = 40
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from benchmarks.asking import ENVIRONMENT, REQUEST_TIMEOUT, Question, ask_each_alone, make_prompts, vllm_options
-from benchmarks.server import Server, ServerError
-from tests.tiny import TOY
+from testing.asking import ENVIRONMENT, REQUEST_TIMEOUT, Question, ask_each_alone, make_prompts, vllm_options
+from testing.server import Server, ServerError
+from testing.tiny import TOY
 
 CHAT_OPTIONS = (
     "--reasoning-parser", "deepseek_v4", "--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4",

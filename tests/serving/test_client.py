@@ -10,9 +10,9 @@ from typing import Any
 import openai
 import pytest
 
-from benchmarks.asking import CACHED_STEP, Question, all_blocks_free, ask, client_of
-from benchmarks.server import Server
-from tests.tiny import TOY
+from testing.asking import CACHED_STEP, Question, all_blocks_free, ask, client_of
+from testing.server import Server
+from testing.tiny import TOY
 
 CLIENTS = 32
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"

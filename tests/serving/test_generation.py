@@ -11,8 +11,8 @@ import json
 
 import pytest
 
-from tests import engine, tiny
-from tests.serving.real import (
+from testing import engine, tiny
+from testing.serving.real import (
     answer,
     call,
     ids_of,

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.asking import MAX_MODEL_LEN, REQUEST_TIMEOUT, Question
-from benchmarks.server import Server
+from testing.asking import MAX_MODEL_LEN, REQUEST_TIMEOUT, Question
+from testing.server import Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOY_VOCABULARY = 264

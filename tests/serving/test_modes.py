@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.serving.real import ENCODERS, write_encoder
-from vllm_deepseek_v4flash.serving import registration
+from testing.serving.real import ENCODERS, write_encoder
+from vllm_deepseek_v4flash.integration import serving as registration
 from vllm_deepseek_v4flash.serving.generation import ENCODER, detect_generation
 from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, NON_THINK, Generation, select_mode
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serving.real import answer, call, ids_of, tool, user
-from tests.serving.replay import Reply, make_parser, make_request, ours, stock, streamed, tokenizer, whole
+from testing.serving.real import answer, call, ids_of, tool, user
+from testing.serving.replay import Reply, make_parser, make_request, ours, stock, streamed, tokenizer, whole
 from vllm_deepseek_v4flash.serving.parsers import read_parameters
 
 STEPS = (1, 2, 3, 7, 10**6)

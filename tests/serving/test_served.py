@@ -11,9 +11,9 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.server import Server
-from tests.serving.real import answer, call, result, system, tool, user
-from tests.tiny import TOY
+from testing.server import Server
+from testing.serving.real import answer, call, result, system, tool, user
+from testing.tiny import TOY
 from vllm_deepseek_v4flash.serving.tokenizer import OWN_TEMPLATE
 
 OPTIONS = (

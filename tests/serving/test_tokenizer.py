@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from tests.serving.real import answer, call, ids_of, result, system, tool, user, write_encoder, write_tokenizer
-from tests.tiny import CONFIGS
+from testing.serving.real import answer, call, ids_of, result, system, tool, user, write_encoder, write_tokenizer
+from testing.tiny import CONFIGS
 from vllm_deepseek_v4flash.serving.encoding import encode_chat
 from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, Generation
 from vllm_deepseek_v4flash.serving.tokenizer import OWN_TEMPLATE

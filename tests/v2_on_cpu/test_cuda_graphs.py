@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests import engine, tiny
-from tests.served import TOLERANCE
-from tests.v2_on_cpu.cuda_graphs import CpuGraph, capture
+from testing import engine, tiny
+from testing.served import TOLERANCE
+from testing.v2_on_cpu.cuda_graphs import CpuGraph, capture
 from vllm_deepseek_v4flash.ops import dispatch
 
 PROMPTS = (slice(0, 150), slice(20, 43), slice(5, 6))

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import engine, tiny
-from tests.quantization.fixtures import DATA
-from tests.served import TOLERANCE
+from testing import engine, tiny
+from testing.fixtures import DATA
+from testing.served import TOLERANCE
 from vllm_deepseek_v4flash.ops import dispatch
 
 TRITON = Path(dispatch.__file__).parent / "triton"

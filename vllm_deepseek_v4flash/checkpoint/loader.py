@@ -17,9 +17,9 @@ from vllm_deepseek_v4flash import logger_name
 from vllm_deepseek_v4flash.checkpoint import names
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError as CheckpointError
 from vllm_deepseek_v4flash.checkpoint.names import TensorSpec
+from vllm_deepseek_v4flash.checkpoint.plan import HELD_UNPACKED, PackedModule
 from vllm_deepseek_v4flash.config import DeepseekV4Config
-from vllm_deepseek_v4flash.quantization.plan import HELD_UNPACKED, PackedModule
-from vllm_deepseek_v4flash.quantization.scheme import QuantizationError, dequantise
+from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, dequantise
 
 logger = logging.getLogger(logger_name(__name__))
 
@@ -59,7 +59,7 @@ def load_weights(
         first_stage: whether the embedding is here.
         last_stage: whether the final norm, hc_head and the head are here.
         local_experts: under expert parallelism, the experts of this rank; None for all.
-        packed: the quantised weights by native module name (`quantization/plan.py`). As soon as all leaves of one have
+        packed: the quantised weights by native module name (`checkpoint/plan.py`). As soon as all leaves of one have
             come they are repacked on the model's device, and each canonical tensor goes to the parameter
             `<module>.<its name>`, or for experts to `w13_<its name>` and `w2_<its name>`.
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.caches import LayerCaches, LayerStep
 from ..compat import (
     ColumnParallelLinear,
     ReplicatedLinear,
@@ -16,6 +15,7 @@ from ..compat import (
     get_tensor_model_parallel_world_size,
 )
 from ..config import DeepseekV4Config, LayerKind
+from ..kv_cache.layer_caches import LayerCaches, LayerStep
 from ..ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
 from ..ops.sparse_attention import sparse_attention
 from .compressor import Compressor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.caches import EntryCaches, LayerStep
+from ..kv_cache.layer_caches import EntryCaches, LayerStep
 from ..ops.compress import compress
 from .linear import Fp32Linear
 from .norm import RMSNorm

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.caches import LayerStep
 from ..compat import ReplicatedLinear
 from ..config import DeepseekV4Config
+from ..kv_cache.layer_caches import LayerStep
 from ..ops.indexer_topk import indexer_topk
 from .compressor import Compressor
 from .linear import quick

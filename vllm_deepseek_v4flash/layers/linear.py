@@ -36,7 +36,7 @@ class SmallLinearMethod(UnquantizedLinearMethod):
 
 def shortest(weight: torch.Tensor) -> torch.Tensor:
     """A small weight as bf16 where our CPU ops lose nothing by it: few tokens wait for weights, not for products."""
-    if weight.numel() > SMALL_WEIGHT or not weight.is_cpu or "numba" not in backends("cpu"):
+    if weight.numel() > SMALL_WEIGHT or not weight.is_cpu or "cpu" not in backends("cpu"):
         return weight
     halves = weight.to(torch.bfloat16)
     return halves if torch.equal(halves.to(weight.dtype), weight) else weight

@@ -21,8 +21,8 @@ from ..config import DeepseekV4Config
 from ..ops.fused_experts import fused_experts
 from ..ops.route import route
 from ..ops.swiglu import swiglu
-from ..quantization.methods import UnquantizedExpertsMethod, packed_apart
 from .linear import Fp32Linear, Together, quick, shortest
+from .methods import UnquantizedExpertsMethod, packed_apart
 
 logger = logging.getLogger(logger_name(__name__))
 

@@ -2,7 +2,7 @@
 
 An op asks for the implementation of its own name on a device; the backends of that device are tried in order and the
 first that has a file of that name wins, `reference` being the last of every list. `VLLM_DEEPSEEK_V4FLASH_OPS` chooses
-otherwise: `reference` for PyTorch everywhere; `numba` for the CPU's kernels and `cuda` for those of `csrc/`, each of
+otherwise: `reference` for PyTorch everywhere; `cpu` for the CPU's kernels and `cuda` for those of `csrc/`, each of
 which it refuses to go without; `triton` for Triton's kernels alone, on a CPU too, where its interpreter must run them
 (`TRITON_INTERPRET=1`). `prepare` imports what will run, which compiles the CPU's kernels, and `describe` says it in one
 line, for the log of every worker.
@@ -23,12 +23,12 @@ import torch
 from .cuda.library import built
 
 OPS_ENV = "VLLM_DEEPSEEK_V4FLASH_OPS"
-CHOICES = ("auto", "reference", "numba", "triton", "cuda")
+CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 
 # Packages below `ops/`, fastest first. A device that is not listed runs the reference.
 BACKENDS: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton") if built() else ("triton",)}
 if importlib.util.find_spec("numba") is not None:
-    BACKENDS["cpu"] = ("numba",)
+    BACKENDS["cpu"] = ("cpu",)
 
 
 def implementation(op: str, device: torch.device) -> Callable[..., Any]:
@@ -62,9 +62,9 @@ def backends(device_type: str) -> tuple[str, ...]:
             f"{OPS_ENV}=triton needs TRITON_INTERPRET=1 on a CPU, set before Python starts: Triton compiles for GPUs "
             f"only. Leave {OPS_ENV} unset for PyTorch's ops."
         )
-    if choice == "numba" and "numba" not in BACKENDS.get(device_type, ()):
+    if choice == "cpu" and "cpu" not in BACKENDS.get(device_type, ()):
         raise ValueError(
-            f"{OPS_ENV}=numba needs a CPU and the package numba, which vLLM installs; this is {device_type}"
+            f"{OPS_ENV}=cpu needs a CPU and the package numba, which vLLM installs; this is {device_type}"
             f"{'' if device_type != 'cpu' else ' without numba'}. Leave {OPS_ENV} unset for what there is."
         )
     if choice == "cuda":

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ..quantization.scheme import Scheme
 from .checks import check_shape
 from .dispatch import implementation
+from .packed_weight import Scheme
 
 
 def packed_experts(
@@ -27,7 +27,7 @@ def packed_experts(
 
     Args:
         x: [T, H], floating.
-        w13: canonical tensors of w1 and w3 of the E experts held here, each [E, 2, ...] (`quantization/scheme.py`).
+        w13: canonical tensors of w1 and w3 of the E experts held here, each [E, 2, ...] (`ops/packed_weight.py`).
         w2: canonical tensors of w2, each [E, ...].
         scheme13, scheme2: how they are to be read.
         topk_weights: [T, K] fp32. topk_ids: [T, K] integer, global expert indices.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..quantization.scheme import Scheme
 from .dispatch import implementation
+from .packed_weight import Scheme
 
 
 def packed_linear(x: torch.Tensor, weight: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
@@ -15,7 +15,7 @@ def packed_linear(x: torch.Tensor, weight: Mapping[str, torch.Tensor], scheme: S
 
     Args:
         x: [T, K], floating; or [T, G, K], when group g meets the g-th of G equal row blocks of W only.
-        weight: the canonical tensors of W [N, K] (`quantization/scheme.py`).
+        weight: the canonical tensors of W [N, K] (`ops/packed_weight.py`).
         scheme: how they are to be read.
 
     Returns:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from testing import codecs
 from vllm_deepseek_v4flash.ops.triton.codecs import (
     decode_e2m1,
     decode_e4m3,
@@ -16,8 +17,6 @@ from vllm_deepseek_v4flash.ops.triton.codecs import (
     power_of_two,
     scale_byte,
 )
-
-from .. import codecs
 
 BLOCK = 4096
 

@@ -5,6 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
+from testing import codecs
+from testing.numeric import assert_exact, f64, integers, normal
+from testing.paging import make_cache
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 from vllm_deepseek_v4flash.ops.triton.rows import (
     check_alignment,
@@ -14,10 +17,6 @@ from vllm_deepseek_v4flash.ops.triton.rows import (
     row_args,
     store_rows,
 )
-
-from .. import codecs
-from ..numeric import assert_exact, f64, integers, normal
-from ..paging import make_cache
 
 N, ROWS = 4, 3
 LENGTHS = [8, 5]  # three pages and two

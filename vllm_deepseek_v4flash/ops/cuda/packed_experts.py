@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from ... import logger_name
-from ...quantization.scheme import Scheme
 from ..dispatch import OPS_ENV, chosen
+from ..packed_weight import Scheme
 from ..triton.packed_experts import packed_experts as triton_packed_experts
 from .library import Routing, Weights, library
 

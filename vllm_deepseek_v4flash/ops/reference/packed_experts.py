@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...quantization.scheme import Scheme
+from ..packed_weight import Scheme
 from .fused_experts import sum_over_experts
 from .packed_linear import packed_linear
 

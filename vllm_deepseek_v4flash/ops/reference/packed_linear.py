@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.nn.functional as F
 
-from ...quantization.scheme import FP8_BLOCK, Scheme, dequantise
+from ..packed_weight import FP8_BLOCK, Scheme, dequantise
 
 _WORKSPACE = 1 << 22  # fp32 values dequantised at once; a multiple of FP8_BLOCK rows is taken
 

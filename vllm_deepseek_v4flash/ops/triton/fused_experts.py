@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ...quantization.scheme import Scheme
+from ..packed_weight import Scheme
 from .experts import routed_experts
 from .packed_weights import StoredWeight
 

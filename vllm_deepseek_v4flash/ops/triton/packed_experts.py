@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...quantization.scheme import Scheme
+from ..packed_weight import Scheme
 from .experts import routed_experts
 from .packed_weights import StoredWeight
 

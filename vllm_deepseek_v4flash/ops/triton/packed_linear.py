@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quantization.scheme import Scheme
+from ..packed_weight import Scheme
 from .launch import device_of, launch
 from .packed_weights import StoredWeight, pairable, product, tile_for
 

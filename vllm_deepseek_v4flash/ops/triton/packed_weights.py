@@ -1,4 +1,4 @@
-"""Products of activations with a stored weight, whose tiles are decoded on the way (`quantization/scheme.py`).
+"""Products of activations with a stored weight, whose tiles are decoded on the way (`ops/packed_weight.py`).
 
 A tile of a 4-bit weight is read in words of 2, 4 or 8 columns. The first columns of all words make a tile, and so do
 the second ones, and each such tile meets the same columns of the activations: every code is decoded where it lies, with
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quantization.scheme import FP8_BLOCK, Scheme
+from ..packed_weight import FP8_BLOCK, Scheme
 from .codecs import decode_e4m3
 
 _SMALLEST_K = 32  # columns of a tile: what one instruction multiplies of the even and of the odd ones

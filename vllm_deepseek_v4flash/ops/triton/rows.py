@@ -13,14 +13,7 @@ import triton
 import triton.language as tl
 
 from ..rows import PagedRows, RowFormat
-from .codecs import (
-    decode_e2m1,
-    decode_e4m3,
-    encode_e2m1,
-    encode_e4m3,
-    power_of_two,
-    scale_byte,
-)
+from .codecs import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3, power_of_two, scale_byte
 from .hadamard import hadamard
 from .launch import block
 

@@ -1,0 +1,340 @@
+"""Compiles every kernel, Triton's and CUDA's, ahead of time for every supported GPU; no GPU is used.
+
+    python -m checks.compile_table [--arch 80 90] [--kernel sparse_attention ...] [--common] [--output TABLE.md]
+
+The ops run on tensors without memory (`flash_cases.py`), and every launch that they make is specialised as Triton
+would at run time and compiled. Exits with 1, naming what and where, if a kernel does not compile, needs more shared
+memory than the GPU has, spills registers or has too large a grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+import vllm_deepseek_v4flash.ops as ops
+from benchmarks.flash_cases import CASES, Case
+from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
+
+from . import cuda_usage
+
+
+@dataclass(frozen=True)
+class Arch:
+    gpus: str
+    multiprocessors: int
+    shared_kb: int
+    """What one program may have, at most."""
+    native_fp8: bool
+
+
+ARCHS = {
+    80: Arch("A100", 108, 163, False),
+    86: Arch("RTX 3090", 82, 99, False),
+    89: Arch("RTX 4090, L40", 128, 99, True),
+    90: Arch("H100, H200", 132, 227, True),
+    100: Arch("B200", 148, 227, True),
+    120: Arch("RTX 5090", 170, 99, True),
+}
+TENSOR_MEMORY_COLUMNS = 512  # of sm_100
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel needs."""
+
+    registers: int
+    shared: int
+    """Bytes per program."""
+    spilled: int
+    """Bytes per thread of local memory: spilled registers, and arrays that no register could hold."""
+
+
+@dataclass
+class Job:
+    """One kernel in one specialisation for one architecture, and the cases that launch it."""
+
+    name: str
+    arch: int
+    source: ASTSource
+    options: Any
+    constants: dict[str, Any]
+    cases: list[Case] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result; whatever compiles something, Triton or not, produces these."""
+
+    kernel: str
+    configuration: str
+    arch: int
+    usage: Usage | None
+    broken: tuple[str, ...]
+
+
+def launches(cases: Iterable[Case], arch: int) -> list[Job]:
+    """Every distinct kernel that the cases start on `arch`."""
+    traits, backend = ARCHS[arch], make_backend(GPUTarget("cuda", arch, 32))
+    jobs: dict[tuple[str, str], Job] = {}
+    binder = functools.cache(lambda kernel: create_function_from_signature(kernel.signature, kernel.params, backend))
+    for case in cases:
+
+        def record(
+            kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], case: Case = case
+        ) -> None:
+            bound, specialization, rest = binder(kernel)(*args, **options)
+            compiled, signature, constants, attributes = kernel._pack_args(
+                backend, options, bound, specialization, rest
+            )
+            source = ASTSource(kernel, signature, constants, attributes)
+            named = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
+            key = (source.hash(), compiled.hash())
+            job = jobs.setdefault(key, Job(_name(kernel), arch, source, compiled, named))
+            if case not in job.cases:
+                job.cases.append(case)
+            if any(size > largest for size, largest in zip(grid, LARGEST_GRID, strict=False)):
+                job.broken.append(f"the grid {grid} of {case.axes} is larger than {LARGEST_GRID}")
+
+        with recorded(Device(traits.multiprocessors, traits.native_fp8), record):
+            case.run()
+    return list(jobs.values())
+
+
+def _name(kernel: Any) -> str:
+    file, function = kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__.lstrip("_")
+    return file if function == file else f"{file}: {function}"
+
+
+def usage_of(job: Job) -> Usage | str:
+    """What the compiled kernel needs, or why it does not compile."""
+    try:
+        compiled = triton.compile(job.source, target=GPUTarget("cuda", job.arch, 32), options=vars(job.options))
+    except Exception as error:  # whatever the compiler raises is the result
+        return f"does not compile: {_reason(error)}"
+    if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY_COLUMNS:
+        return f"needs {compiled.metadata.tmem_size} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        listing = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {listing!r}")
+    registers, stack, _, local = map(int, found.groups())
+    return Usage(registers, compiled.metadata.shared, stack + local)
+
+
+def _reason(error: BaseException) -> str:
+    """One line on the innermost of Triton's errors, which wrap one another from call to call."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def triton_rows(cases: Sequence[Case], archs: Sequence[int]) -> list[Row]:
+    """Compile what the cases launch, on every core."""
+    jobs = [job for arch in archs for job in launches(cases, arch)]
+    # Forked, because neither a kernel nor a case can be sent to another process.
+    _shared_jobs[:] = jobs
+    usages = []
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for usage in pool.imap(_usage_of_shared, range(len(jobs))):
+            usages.append(usage)
+            if sys.stderr.isatty():
+                print(f"\r{len(usages)} of {len(jobs)} compiled ", end="", file=sys.stderr, flush=True)
+    rows = []
+    for (job, usage), label in zip(zip(jobs, usages, strict=True), _labels(jobs), strict=True):
+        broken = list(job.broken)
+        if isinstance(usage, str):
+            broken.append(usage)
+        else:
+            broken += violations(usage, job.arch)
+        rows.append(Row(job.name, label, job.arch, None if isinstance(usage, str) else usage, tuple(broken)))
+    return rows
+
+
+def cuda_rows(archs: Sequence[int]) -> list[Row]:
+    """The kernels of csrc/, where there is an nvcc; none, and a line that says so, where there is not."""
+    if cuda_usage.nvcc() is None:
+        print("csrc/ is not in the table: there is no nvcc", file=sys.stderr)
+        return []
+    rows = []
+    for arch, compiled in cuda_usage.compile_all(list(archs)).items():
+        if isinstance(compiled, str):
+            rows.append(Row("csrc", "", arch, None, (compiled,)))
+            continue
+        for kernel in compiled:
+            usage = Usage(kernel.registers, kernel.shared, kernel.spilled)
+            name = f"csrc/{kernel.source}: {kernel.function}"
+            rows.append(Row(name, f"weight {kernel.codec}", arch, usage, tuple(violations(usage, arch))))
+    return rows
+
+
+def violations(usage: Usage, arch: int) -> list[str]:
+    allowed = ARCHS[arch].shared_kb * 1024
+    broken = []
+    if usage.shared > allowed:
+        broken.append(f"needs {usage.shared} bytes of shared memory, there are {allowed}")
+    if usage.spilled:
+        broken.append(f"spills {usage.spilled} bytes per thread")
+    return broken
+
+
+_shared_jobs: list[Job] = []
+
+
+def _usage_of_shared(index: int) -> Usage | str:
+    return usage_of(_shared_jobs[index])
+
+
+def _labels(jobs: list[Job]) -> list[str]:
+    """What tells each job from the others of its kernel and architecture, in the axes' words."""
+    launching: dict[tuple[str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for job in jobs:
+        launching[job.name, job.arch] |= {id(case): _axes(case) for case in job.cases}
+    labels = [_label(job, list(launching[job.name, job.arch].values())) for job in jobs]
+    alike: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for index, (job, label) in enumerate(zip(jobs, labels, strict=True)):
+        alike[job.name, job.arch, label].append(index)
+    for indices in alike.values():
+        # One call may launch a kernel more than once; then only its constants tell the launches apart.
+        names = {name for i in indices for name in jobs[i].constants}
+        differing = sorted(n for n in names if len({str(jobs[i].constants.get(n)) for i in indices}) > 1)
+        for i in indices if len(indices) > 1 else ():
+            constants = (f"{n}={jobs[i].constants.get(n)}" for n in differing)
+            labels[i] = ", ".join(part for part in (labels[i], *constants) if part)
+    return labels
+
+
+def _axes(case: Case) -> dict[str, Any]:
+    return {"op": case.op, **case.axes}
+
+
+def _label(job: Job, launching: list[dict[str, Any]]) -> str:
+    """The axes whose values matter: those that do not take every value that the others allow, and the dtype."""
+    axes = list(dict.fromkeys(axis for case in job.cases for axis in _axes(case)))
+    taken = {axis: list(dict.fromkeys(_axes(case).get(axis) for case in job.cases)) for axis in axes}
+    parts = []
+    for axis in axes:
+        others = [c for c in launching if all(c.get(a) in taken[a] for a in axes if a != axis and axis != "dtype")]
+        if set(taken[axis]) != {other.get(axis) for other in others}:
+            parts.append(f"{axis} {'/'.join(map(str, taken[axis]))}")
+    return ", ".join(parts)
+
+
+def as_table(rows: Sequence[Row], archs: Sequence[int]) -> str:
+    """Markdown: a line per kernel and configuration, a column per architecture."""
+    cells: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        cells[row.kernel, row.configuration][row.arch] = _cell(row)
+    lines = [["kernel", "configuration", *(f"sm_{arch}" for arch in archs)]]
+    for (kernel, configuration), by_arch in sorted(cells.items(), key=lambda item: item[0][0]):
+        lines.append([kernel, configuration or "all", *(by_arch.get(arch, "") for arch in archs)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _cell(row: Row) -> str:
+    if row.usage is None:
+        return "FAILS"
+    spilled = f" · {row.usage.spilled} B SPILLED" if row.usage.spilled else ""
+    return f"{row.usage.registers} · {row.usage.shared / 1024:.1f} KB{spilled}"
+
+
+def document(rows: Sequence[Row], archs: Sequence[int], common: bool) -> str:
+    """The table as a page of the documentation."""
+    if common:
+        what = "in bf16 on one rank: 8 requests decoding, or a prefill of 8192 tokens"
+    else:
+        what = "decoding 1, 8 and 128 tokens and prefilling 8192, on 1, 2, 4 and 8 tensor-parallel ranks"
+    limits = "\n".join(
+        f"| sm_{arch} | {ARCHS[arch].gpus} | {ARCHS[arch].shared_kb} KB | "
+        f"{'converted by the GPU' if ARCHS[arch].native_fp8 else 'bit arithmetic'} |"
+        for arch in archs
+    )
+    return f"""# What each kernel needs
+
+Written by `make compile-table` with Triton {triton.__version__}, which compiles every kernel ahead of time at the
+shapes of DeepSeek-V4-Flash, {what}.
+A cell holds the registers of a thread and the shared memory of a program. The command fails if a kernel needs more
+shared memory than there is, or spills a register.
+
+| | GPUs | shared memory | e4m3 |
+|---|---|---|---|
+{limits}
+
+A kernel is named after its file in `ops/triton/`, and its function where that has another name; those of `csrc/` are
+compiled by nvcc. A configuration names the axes that matter to it (op: the one that launches it; tp: ranks; shared:
+whether the shared expert runs along with the routed ones); where none does, it says "all".
+
+{as_table(rows, archs)}
+"""
+
+
+def without_cases(cases: Sequence[Case]) -> list[str]:
+    """The ops that have a Triton twin but no case."""
+    root = Path(ops.__file__).parent
+    twins = {p.stem for p in (root / "triton").glob("*.py")} & {p.stem for p in (root / "reference").glob("*.py")}
+    return sorted(twins - {"__init__"} - {case.op for case in cases})
+
+
+def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
+    """Compile `cases` (default: all of Flash's) and report; returns the exit status."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), help="e.g. 80 90")
+    parser.add_argument("--kernel", nargs="+", help="ops, by their file in ops/triton; default: all")
+    parser.add_argument("--common", action="store_true", help="only the configurations that most users run")
+    parser.add_argument("--output", type=Path, help="write the table there too, as Markdown")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 makes Triton interpret kernels instead of compiling them: unset it")
+    own = cases is None
+    missing = without_cases(CASES) if cases is None else []
+    cases = CASES if cases is None else cases
+    if options.kernel:
+        unknown = sorted(set(options.kernel) - {case.op for case in cases})
+        if unknown:
+            parser.error(f"no cases for {', '.join(unknown)}; there are: {', '.join(sorted({c.op for c in cases}))}")
+        cases, missing = [case for case in cases if case.op in options.kernel], []
+    rows = triton_rows([case for case in cases if case.common or not options.common], options.arch)
+    if own and not options.kernel:
+        rows += cuda_rows(options.arch)
+    print(as_table(rows, options.arch))
+    if options.output is not None:
+        options.output.write_text(document(rows, options.arch, options.common))
+    problems = [f"{op}: no case in benchmarks/flash_cases.py compiles it" for op in missing]
+    for row in rows:
+        problems += [f"sm_{row.arch}, {row.kernel} ({row.configuration or 'all'}): {what}" for what in row.broken]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

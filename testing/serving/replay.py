@@ -1,0 +1,111 @@
+"""Replays a fixed reply through vLLM's output parsers, whole and streamed, as its server does, without an engine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from testing.serving.real import ids_of, reference, write_tokenizer
+
+EOS_ID = 1
+
+
+@dataclass
+class Reply:
+    """What a client ends up with."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """(name, arguments as sent) of each call."""
+
+    @property
+    def arguments(self) -> list[Any]:
+        return [json.loads(arguments) for _, arguments in self.calls]
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """Our tokenizer for April's weights, on DeepSeek's real file."""
+    from vllm_deepseek_v4flash.serving.tokenizer import AprilTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        return AprilTokenizer.from_pretrained(str(write_tokenizer(Path(directory))))
+
+
+def stock() -> tuple[Any, Any]:
+    """vLLM's own reasoning and tool parser for V4."""
+    from vllm.reasoning.deepseek_v4_engine_reasoning_parser import DeepSeekV4ParserReasoningAdapter
+    from vllm.tool_parsers.deepseekv4_engine_tool_parser import DeepSeekV4EngineToolParser
+
+    return DeepSeekV4ParserReasoningAdapter, DeepSeekV4EngineToolParser
+
+
+def ours() -> tuple[Any, Any]:
+    from vllm_deepseek_v4flash.serving.parsers import V4ReasoningParser, V4ToolParser
+
+    return V4ReasoningParser, V4ToolParser
+
+
+def make_request(tools: Sequence[Any], **fields: Any) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    if tools:
+        fields = {"tools": list(tools), "tool_choice": "auto"} | fields
+    return ChatCompletionRequest(messages=[{"role": "user", "content": "U"}], model="m", **fields)
+
+
+def make_parser(parsers: tuple[Any, Any], request: Any, **chat_template_kwargs: Any) -> Any:
+    """The pair composed as by `--reasoning-parser deepseek_v4 --tool-call-parser deepseek_v4`."""
+    from vllm.parser.abstract_parser import DelegatingParser
+
+    class Composed(DelegatingParser):
+        reasoning_parser_cls, tool_parser_cls = parsers
+
+    return Composed(tokenizer(), request.tools, chat_template_kwargs=chat_template_kwargs)
+
+
+def whole(parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), **chat_template_kwargs: Any) -> Reply:
+    """The reply `text` parsed at its end."""
+    request = make_request(tools)
+    parser = make_parser(parsers, request, **chat_template_kwargs)
+    reasoning, content, calls = parser.parse(
+        text, request, enable_auto_tools=True, model_output_token_ids=[*ids_of(text), EOS_ID]
+    )
+    return Reply(reasoning or "", content or "", [(call.name, call.arguments) for call in calls or []])
+
+
+def streamed(
+    parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), *, step: int = 1, **chat_template_kwargs: Any
+) -> Reply:
+    """The reply parsed as it comes, `step` tokens at a time, and put together as a client does."""
+    request = make_request(tools)
+    parser = make_parser(parsers, request, **chat_template_kwargs)
+    prompt = tokenizer().apply_chat_template([{"role": "user", "content": "U"}], **chat_template_kwargs)
+    reply, arguments = Reply(), []
+    stream, ids = DecodeStream(skip_special_tokens=False), ids_of(text)
+    for start in range(0, len(ids) + 1, step):
+        chunk = ids[start : start + step]
+        finished = start + step > len(ids)
+        piece = "".join(stream.step(reference(), token) or "" for token in chunk)
+        delta = parser.parse_delta(
+            piece, [*chunk, EOS_ID] if finished else chunk, request, prompt_token_ids=prompt, finished=finished
+        )
+        if delta is None:
+            continue
+        reply.reasoning += delta.reasoning or ""
+        reply.content += delta.content or ""
+        for call in delta.tool_calls or []:
+            while len(arguments) <= call.index:
+                arguments.append(["", ""])
+            arguments[call.index][0] += call.function.name or ""
+            arguments[call.index][1] += call.function.arguments or ""
+    reply.calls = [(name, text) for name, text in arguments]
+    return reply

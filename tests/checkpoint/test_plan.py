@@ -1,0 +1,145 @@
+"""From headers to parameters: what is planned, what is refused, and vocabulary layers that arrive packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from testing import format_cases as cases
+from testing import tiny
+from tests.checkpoint.test_loader import FakeModel
+from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
+from vllm_deepseek_v4flash.checkpoint.formats.common import header_of
+from vllm_deepseek_v4flash.checkpoint.loader import load_weights
+from vllm_deepseek_v4flash.checkpoint.plan import PackedModule, plan_weights
+from vllm_deepseek_v4flash.integration.quantization import DeepseekV4QuantConfig
+from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, canonical_shapes, dequantise
+
+SPEC = tiny.CONFIGS["mixed"]
+CONFIG = SPEC.config
+
+
+def stored(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str, tuple[int, ...], str]]:
+    return [(name, header_of(t).dtype, tuple(t.shape), "model-00001.safetensors") for name, t in tensors.items()]
+
+
+def with_packed(module: str, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """SPEC's tensors with the weight of one module packed by GPTQ."""
+    tensors = tiny.random_tensors(SPEC)
+    n, k = tensors.pop(f"{module}.weight").shape
+    case = cases.gptq(n=n, k=k, **options)
+    tensors.update({f"{module}.{leaf}": tensor for leaf, tensor in case.leaves.items()})
+    return tensors, case
+
+
+def plan_of(tensors: dict[str, torch.Tensor], case: Any) -> dict[str, PackedModule]:
+    return plan_weights(CONFIG, case.config, stored(tensors))
+
+
+@pytest.mark.parametrize("module", ["embed", "head"])
+def test_packed_vocabulary_layers_are_unpacked_at_load(module: str) -> None:
+    tensors, case = with_packed(module)
+    plan = plan_of(tensors, case)
+    assert plan.keys() == {module}
+    model = FakeModel(CONFIG)
+    load_weights(model, CONFIG, tensors.items(), packed=plan)
+    weight = model.get_parameter("head.weight" if module == "head" else "model.embed.weight")
+    expected = plan[module].format.dequantise(case.leaves, plan[module].scheme)
+    assert torch.equal(weight, expected)
+
+
+def test_weights_are_repacked_one_by_one_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "layers.0.attn.wq_a"
+    tensors, case = with_packed(module)
+    plan = plan_of(tensors, case)
+    shapes = canonical_shapes(plan[module].scheme, *plan[module].scheme.shape)
+    seen = []
+
+    def repack(self: PackedModule, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append({leaf: tensor.device.type for leaf, tensor in leaves.items()})
+        return {leaf: torch.empty(shape, dtype=dtype, device="meta") for leaf, (shape, dtype) in shapes.items()}
+
+    monkeypatch.setattr(PackedModule, "repack", repack)
+    with torch.device("meta"):
+        model = FakeModel(CONFIG)
+        for leaf, (shape, _) in shapes.items():
+            model._add(f"model.{module}.{leaf}", shape)
+    load_weights(model, CONFIG, tensors.items(), packed=plan)
+    assert seen == [dict.fromkeys(case.leaves, "meta")]
+
+
+def test_a_leaf_that_never_comes_is_missing() -> None:
+    tensors, case = with_packed("head")
+    plan = plan_of(tensors, case)
+    tensors.pop("head.scales")
+    with pytest.raises(CheckpointError, match=r"missing: head\.scales: is part of a packed weight"):
+        load_weights(FakeModel(CONFIG), CONFIG, tensors.items(), packed=plan)
+
+
+def test_a_leaf_that_comes_twice_is_a_duplicate() -> None:
+    tensors, case = with_packed("head")
+    twice = [*tensors.items(), ("lm_head.scales", tensors["head.scales"])]
+    with pytest.raises(CheckpointError, match=r"duplicate: lm_head\.scales"):
+        load_weights(FakeModel(CONFIG), CONFIG, twice, packed=plan_of(tensors, case))
+
+
+def test_a_bad_value_names_file_and_tensor() -> None:
+    tensors, case = with_packed("head")
+    plan = plan_of(tensors, case)
+    tensors["head.scales"][0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors: .*head.*scales"):
+        load_weights(FakeModel(CONFIG), CONFIG, tensors.items(), packed=plan)
+
+
+def test_a_packed_weight_of_another_shape_is_refused() -> None:
+    tensors, case = with_packed("head")
+    wider = dataclasses.replace(CONFIG, vocab_size=2 * CONFIG.vocab_size)
+    with pytest.raises(QuantizationError, match=r"head: the packed tensors hold a weight of .* config\.json asks for"):
+        plan_weights(wider, case.config, stored(tensors))
+
+
+def test_experts_of_one_layer_must_be_packed_alike() -> None:
+    tensors, case = with_packed("layers.0.ffn.experts.1.w1")
+    with pytest.raises(
+        QuantizationError, match=r"not packed.*experts of one layer are stacked and must be packed alike"
+    ):
+        plan_of(tensors, case)
+
+
+def test_a_hub_repository_is_described_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, case = with_packed("head")
+    asked = []
+
+    def metadata(repo: str, revision: str | None = None) -> Any:
+        asked.append((repo, revision))
+        found = {name: SimpleNamespace(dtype=dtype, shape=list(shape)) for name, dtype, shape, _ in stored(tensors)}
+        return SimpleNamespace(files_metadata={"model-00001.safetensors": SimpleNamespace(tensors=found)})
+
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    config = DeepseekV4QuantConfig(case.config)
+    config.maybe_update_config("someone/a-checkpoint", hf_config=SPEC.hf_config, revision="main")
+    assert asked == [("someone/a-checkpoint", "main")]
+    assert config.plan == plan_of(tensors, case)
+
+
+@pytest.mark.parametrize("layer", [0, CONFIG.num_hash_layers], ids=["hash", "biased"])
+def test_a_packed_router_keeps_its_bias_and_table(layer: int) -> None:
+    gate = f"layers.{layer}.ffn.gate"
+    tensors, case = with_packed(gate)
+    plan = plan_of(tensors, case)
+    assert plan[gate].leaves == set(case.leaves)
+    other = "tid2eid" if layer == 0 else "bias"
+    model = FakeModel(CONFIG)
+    for leaf, (shape, dtype) in canonical_shapes(plan[gate].scheme, *plan[gate].scheme.shape).items():
+        model._add(f"model.{gate}.{leaf}", shape).data = torch.zeros(shape, dtype=dtype)
+    load_weights(model, CONFIG, tensors.items(), packed=plan)
+    loaded = {leaf: model.get_parameter(f"model.{gate}.{leaf}") for leaf in ("qweight", "scales", other)}
+    assert torch.equal(loaded[other], tensors[f"{gate}.{other}"].to(loaded[other].dtype))
+    canonical = {leaf: loaded[leaf] for leaf in ("qweight", "scales")}
+    assert torch.equal(
+        dequantise(canonical, plan[gate].scheme), plan[gate].format.dequantise(case.leaves, plan[gate].scheme)
+    )

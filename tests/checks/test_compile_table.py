@@ -1,0 +1,120 @@
+"""Every kernel compiles for every supported GPU within its bounds, and the tool that says so can say otherwise.
+
+The tool runs in processes of its own, because this one interprets kernels.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vllm_deepseek_v4flash.ops.triton as kernels
+from benchmarks.flash_cases import CASES
+from checks import compile_table, cuda_usage
+from checks.compile_table import ARCHS, Usage, violations
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(p.stem for p in Path(kernels.__file__).parent.glob("*.py") if re.search(r"\blaunch\(", p.read_text()))
+
+
+def run(module, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def kernels_in(table):
+    """(kernel, configuration) of every line of a printed or written table."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
+    return {(cells[0], cells[1]) for cells in lines if len(cells) > 4 and cells[0].strip("- ") not in ("", "kernel")}
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory):
+    output = tmp_path_factory.mktemp("table") / "table.md"
+    return run("checks.compile_table", "--common", "--output", str(output)), output
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    return run("tests.checks.made_up_kernels", "--arch", "80", "90", "120")
+
+
+def test_every_kernel_fits_every_gpu(flash):
+    result, _ = flash
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_every_configuration_fits_every_gpu():
+    """Also other dtypes than bf16, more ranks, other batches: a quarter of an hour where nothing is cached."""
+    result = run("checks.compile_table")
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_file_with_a_kernel_is_in_the_table(flash):
+    result, output = flash
+    assert "launch" in FILES  # the file that defines it is no kernel
+    printed = {kernel.partition(":")[0] for kernel, _ in kernels_in(result.stdout)}
+    own = {f"csrc/{source.stem}" for source in cuda_usage.SOURCES} if cuda_usage.nvcc() else set()
+    assert printed == (set(FILES) - {"launch"}) | own
+    assert kernels_in(output.read_text()) == kernels_in(result.stdout)
+
+
+def test_the_table_in_the_docs_has_every_kernel(flash):
+    """Registers depend on the version of Triton; the kernels do not."""
+    written = (ROOT / "docs" / "compile-table.md").read_text()
+    result, _ = flash
+    missing = {kernel for kernel, _ in kernels_in(result.stdout)} - {kernel for kernel, _ in kernels_in(written)}
+    assert not missing, "docs/compile-table.md is out of date: run make compile-table"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "archs", "what"),
+    [
+        ("spilling", (80, 90, 120), r"spills \d+ bytes per thread"),
+        ("sprawling", (80, 90, 120), r"needs \d+ bytes of shared memory, there are \d+"),
+        ("modern", (80,), r"does not compile: .*fp8e4nv"),
+        ("modest", (80, 90, 120), r"the grid \(1, 65536\) .* is larger"),
+    ],
+)
+def test_a_broken_bound_is_reported(made_up, kernel, archs, what):
+    assert made_up.returncode == 1
+    for arch in (80, 90, 120):
+        reports = re.findall(rf"^sm_{arch}, __main__: {kernel} \([^\n]*", made_up.stderr, re.M)
+        assert len(reports) == (arch in archs), made_up.stderr
+        assert all(re.search(what, report) for report in reports), reports
+
+
+def test_launches_are_specialised_as_triton_would(made_up):
+    """1 becomes a constant, multiples of 16 and misaligned pointers are kernels of their own."""
+    counts = {configuration for kernel, configuration in kernels_in(made_up.stdout) if kernel.endswith(": modest")}
+    assert counts == {"count 1", "count 5/7", "count 16/32", "count 5, misaligned", "op wide"}
+
+
+@pytest.mark.parametrize(("arch", "kilobytes"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
+def test_bounds(arch, kilobytes):
+    assert arch in ARCHS
+    assert violations(Usage(255, kilobytes * 1024, 0), arch) == []
+    assert len(violations(Usage(255, kilobytes * 1024 + 1, 0), arch)) == 1
+    assert len(violations(Usage(16, 0, 4), arch)) == 1
+
+
+def test_an_op_without_a_case_is_missing():
+    assert compile_table.without_cases(CASES) == []
+    assert compile_table.without_cases([c for c in CASES if c.op != "qnorm_rope_kv_insert"]) == ["qnorm_rope_kv_insert"]
+
+
+def test_interpreting_and_unknown_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        compile_table.main([])
+    assert "unset it" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit):
+        compile_table.main(["--kernel", "no_such_op"])
+    assert "no cases for no_such_op; there are: " in capsys.readouterr().err

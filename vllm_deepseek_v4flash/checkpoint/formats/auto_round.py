@@ -1,0 +1,106 @@
+"""AutoRound's own config, over GPTQ's and AWQ's layouts.
+
+`packing_format` names the layout: `auto_round:auto_gptq` (zero points stored less one), `auto_round:gptqmodel` and
+plain `auto_round` (as they are), `auto_round:auto_awq`. One label is wrong: AutoRound's model-free path calls
+asymmetric weights `auto_round` though it stores their zero points less one; they are read so, with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vllm_deepseek_v4flash import logger_name
+
+from ...ops.packed_weight import QuantizationError, Scheme, TensorHeader
+from . import awq, floats, gptq
+from .common import either, refuse_excluded
+from .patterns import find_name, regex_match
+
+logger = logging.getLogger(logger_name(__name__))
+
+_LAYOUTS = {
+    "auto_round:auto_gptq": gptq.V1,
+    "auto_round:gptqmodel": gptq.V2,
+    "auto_round": gptq.V2,
+    "auto_round:auto_awq": awq.SOURCE,
+}
+_REGEX_CHARACTERS = set(r"*+?^$()[]{}|\\")
+_MISLABELLED = (
+    "quantization_config says packing_format 'auto_round', whose zero points are stored as they are, but it was "
+    "written by AutoRound's model-free path (%s), which stores asymmetric zero points less one: "
+    "read as 'auto_round:auto_gptq'"
+)
+_told: set[str] = set()
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    return config.get("quant_method") in ("auto-round", "intel/auto-round", "inc")
+
+
+def _override(config: Mapping[str, Any], module: str) -> tuple[str, Mapping[str, Any], bool] | None:
+    """The `extra_config` entry that is about the module, its key, and whether that is beyond doubt.
+
+    A name counts before a part of a name (`wo_a`), and that before a regular expression.
+    """
+    entries = config.get("extra_config") or {}
+    name = find_name(entries, module)
+    if name is not None:
+        return name, entries[name], True
+    for key in _regexes(tuple(entries)):
+        found = regex_match(key, module, anchored=False)
+        if found != "none":
+            return key, entries[key], found == "all"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _regexes(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if not _REGEX_CHARACTERS.isdisjoint(key))
+
+
+def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, TensorHeader]) -> Scheme:
+    if "qweight" not in leaves:
+        return floats.describe(module, leaves, "auto-round")
+    label = str(config.get("packing_format") or "auto_round:auto_gptq")
+    if label not in _LAYOUTS:
+        raise QuantizationError(
+            f"{module}: packing_format is {label!r} in the config, should be {either(tuple(_LAYOUTS))}"
+        )
+    bits, group_size = config.get("bits", 4), config.get("group_size", 128)
+    symmetric, data_type = config.get("sym", True), config.get("data_type", "int")
+    found = _override(config, module)
+    if found is not None:
+        key, entry, certain = found
+        if entry.get("bits", bits) >= 16:
+            if certain:
+                refuse_excluded(module, "qweight", key, "`extra_config`")
+        else:
+            bits, group_size = entry.get("bits", bits), entry.get("group_size", group_size)
+            symmetric, data_type = entry.get("sym", symmetric), entry.get("data_type", data_type)
+    excluded = find_name(config.get("modules_to_not_convert") or (), module)
+    if excluded is not None:
+        refuse_excluded(module, "qweight", excluded, "`modules_to_not_convert`")
+    source = _LAYOUTS[label]
+    if label == "auto_round" and config.get("model_free"):
+        source = gptq.V1
+        version = str(config.get("autoround_version", "no version given"))
+        if version not in _told:
+            _told.add(version)
+            logger.warning(_MISLABELLED, version)
+    if data_type != "int":
+        bits = f"{bits} ({data_type})"
+    settings = gptq.Settings(bits, group_size, bool(symmetric))
+    return gptq.describe_packed(source, settings, module, leaves)
+
+
+def repack(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    return gptq.repack(leaves, scheme)
+
+
+def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    return gptq.dequantise(leaves, scheme)

@@ -1,0 +1,196 @@
+"""Checks and bit-twiddling that more than one format needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from ...ops.packed_weight import DTYPES, FLOAT_CODES, QuantizationError, Scheme, TensorHeader
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# Bare parameters of the router, which share its name but are no part of its weight.
+_ROUTER_PARAMETERS = ("bias", "tid2eid")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a stored tensor must look like."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    required: bool = True
+
+
+def weight_leaves(module: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that make up the module's weight."""
+    skipped = _ROUTER_PARAMETERS if module.endswith("ffn.gate") else ()
+    return {leaf: value for leaf, value in leaves.items() if leaf not in skipped}
+
+
+def header_of(tensor: torch.Tensor) -> TensorHeader:
+    return TensorHeader(_CODES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def check_leaves(module: str, leaves: Mapping[str, TensorHeader], expected: Mapping[str, Leaf], why: str) -> None:
+    """Every expected leaf is there with its shape and dtype, and no other.
+
+    `why` says what the expectation follows from ("group_size 128, scales [32, 2048]").
+    """
+    for name, leaf in expected.items():
+        stored = leaves.get(name)
+        if stored is None:
+            if leaf.required:
+                raise QuantizationError(f"{module}: tensor {name} is missing; should be {_shape(leaf.shape)} ({why})")
+            continue
+        if stored.dtype not in leaf.dtypes:
+            raise QuantizationError(
+                f"{module}: tensor {name} has dtype {stored.dtype}, should be {either(leaf.dtypes)}"
+            )
+        if tuple(stored.shape) != leaf.shape:
+            raise QuantizationError(
+                f"{module}: tensor {name} has shape {_shape(tuple(stored.shape))}, "
+                f"should be {_shape(leaf.shape)} ({why})"
+            )
+    unexpected = sorted(set(leaves) - set(expected))
+    if unexpected:
+        raise QuantizationError(
+            f"{module}: unexpected tensor {', '.join(unexpected)}; this layout has {', '.join(expected)}"
+        )
+
+
+def check_matrix(module: str, name: str, header: TensorHeader | None) -> tuple[int, int]:
+    """The two sizes of a tensor that others are measured by."""
+    if header is None:
+        raise QuantizationError(f"{module}: tensor {name} is missing")
+    if len(header.shape) != 2 or 0 in header.shape:
+        raise QuantizationError(f"{module}: tensor {name} has shape {_shape(tuple(header.shape))}, should be a matrix")
+    return header.shape[0], header.shape[1]
+
+
+def either(values: tuple[str, ...]) -> str:
+    return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
+
+
+def check_bits(module: str, bits: object, kind: str = "int") -> None:
+    if bits != 4 or kind != "int":
+        raise QuantizationError(
+            f"{module}: the config says {bits}-bit {kind} weights, which are not supported; packed weights may be "
+            "4-bit integers, DeepSeek's FP4 (e2m1, a ue8m0 scale per 32) or FP8 (e4m3, a scale per 128 x 128)"
+        )
+
+
+def resolve_group(module: str, group_size: object, k: int) -> int:
+    """Columns that share a scale; -1 (and any size of K or more) is one group for the whole row."""
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size <= 0 and group_size != -1):
+        raise QuantizationError(
+            f"{module}: group_size is {group_size!r} in the config, should be a positive integer, or -1 "
+            "for one group a row"
+        )
+    group = k if group_size == -1 or group_size > k else group_size
+    if k % group:
+        raise QuantizationError(
+            f"{module}: {k} input columns are not a whole number of groups of {group}; "
+            "use the group_size that the weights were quantised with"
+        )
+    return group
+
+
+def refuse_excluded(module: str, leaf: str, pattern: str, where: str) -> NoReturn:
+    raise QuantizationError(
+        f"{module}: tensor {leaf} is packed, but {where} leaves this module unquantised ({pattern!r}); "
+        "the config belongs to other weights, or that entry should go"
+    )
+
+
+def check_scales(module: str, name: str, scales: torch.Tensor) -> None:
+    """No NaN, no infinity (for ue8m0: no code 255, its NaN)."""
+    if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        bad = scales.view(torch.uint8) == 255
+    else:
+        bad = ~torch.isfinite(scales)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise QuantizationError(
+            f"{module}: tensor {name} has {int(bad.sum())} scales that are NaN or inf, the first at {_shape(first)}; "
+            "scales should be finite"
+        )
+
+
+def check_symmetric_zeros(module: str, name: str, zeros: torch.Tensor, zero: int = 8) -> None:
+    """`zeros` as the layout decodes them: all `zero`, as a symmetric config promises."""
+    bad = zeros != zero
+    if bad.any():
+        raise QuantizationError(
+            f"{module}: tensor {name} has a zero point of {int(zeros[bad][0])}, should be {zero} everywhere because "
+            "the config says symmetric; if the weights are asymmetric, say so in the config"
+        )
+
+
+def check_bias(module: str, bias: torch.Tensor | None) -> None:
+    """AutoGPTQ stores a bias of zeros where the layer has none; the model has no use for any other."""
+    if bias is not None and bool((bias != 0).any()):
+        raise QuantizationError(f"{module}: tensor bias is not zero, but DeepSeek-V4 has no biases here")
+
+
+def permutation(module: str, name: str, g_idx: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Columns sorted by group, int64 [K]; within a group in their order.
+
+    Raises:
+        QuantizationError: an index out of range, or groups of unequal size.
+    """
+    k, group = scheme.shape[1], scheme.group_size
+    check_g_idx(module, name, g_idx, k // group)
+    groups = g_idx.long()
+    counts = torch.bincount(groups, minlength=k // group)
+    if (counts != group).any():
+        worst = int((counts != group).nonzero()[0])
+        raise QuantizationError(
+            f"{module}: tensor {name} gives group {worst} {int(counts[worst])} columns, should be {group} "
+            "in every group"
+        )
+    return torch.argsort(groups, stable=True)
+
+
+def check_g_idx(module: str, name: str, g_idx: torch.Tensor, groups: int) -> None:
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise QuantizationError(
+            f"{module}: tensor {name} holds group {low if low < 0 else high}, should be 0 to {groups - 1}"
+        )
+
+
+def check_trivial_g_idx(module: str, name: str, g_idx: torch.Tensor | None, scheme: Scheme, remedy: str) -> None:
+    """Without act-order, column k belongs to group k // group_size."""
+    if g_idx is None:
+        return
+    k, group = scheme.shape[1], scheme.group_size
+    check_g_idx(module, name, g_idx, k // group)
+    moved = g_idx.long() != torch.arange(k, device=g_idx.device) // group
+    if moved.any():
+        column = int(moved.nonzero()[0])
+        raise QuantizationError(
+            f"{module}: tensor {name} puts column {column} in group {int(g_idx[column])}, should be {column // group} "
+            f"because the config has no act-order; {remedy}"
+        )
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """int32 [R, C] to uint8 [R, 8C], lowest nibble first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(-2)
+
+
+def interleave_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Canonical `qweight` [N, K/2] of uint8 codes [K, N], K first."""
+    return (codes[0::2] | (codes[1::2] << 4)).t().contiguous()
+
+
+SCALE_DTYPES = FLOAT_CODES

@@ -1,0 +1,46 @@
+"""DeepSeek's own checkpoints: FP8 dense weights and FP4 (or, in Base, FP8) experts, each with a `scale` beside it.
+
+The tensors say which is which: e2m1 pairs in I8 with a ue8m0 scale per 32 columns, or e4m3 with a ue8m0 or fp32
+scale per 128 x 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme, TensorHeader
+from . import floats
+from .common import refuse_excluded
+from .patterns import find_name
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    return config.get("quant_method") in ("fp8", "deepseek_v4_fp8")
+
+
+def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, TensorHeader]) -> Scheme:
+    scheme = floats.describe(module, leaves, "fp8")
+    if scheme.kind == "plain":
+        return scheme
+    block = config.get("weight_block_size")
+    if list(block or ()) != [FP8_BLOCK, FP8_BLOCK]:
+        raise QuantizationError(
+            f"{module}: weight_block_size is {block} in the config, should be [{FP8_BLOCK}, {FP8_BLOCK}]"
+        )
+    if config.get("fmt", "e4m3") != "e4m3":
+        raise QuantizationError(f"{module}: fmt is {config['fmt']!r} in the config, should be 'e4m3'")
+    excluded = find_name(config.get("modules_to_not_convert") or (), module)
+    if excluded is not None:
+        refuse_excluded(module, "weight", excluded, "`modules_to_not_convert`")
+    return scheme
+
+
+def repack(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
+    return floats.repack(leaves, scheme)
+
+
+def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    return floats.dequantise(leaves, scheme)

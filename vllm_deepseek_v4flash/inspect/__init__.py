@@ -1,0 +1,1 @@
+"""What a checkpoint holds, whether it is supported, and what fits: `vllm-deepseek-v4flash inspect`."""

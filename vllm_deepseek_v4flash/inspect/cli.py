@@ -1,0 +1,172 @@
+"""The console script `vllm-deepseek-v4flash`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_deepseek_v4flash import __version__
+
+if TYPE_CHECKING:
+    from vllm_deepseek_v4flash.inspect.capacity import Capacity
+    from vllm_deepseek_v4flash.inspect.survey import Report
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}}
+_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}
+
+_INSPECT = """\
+Read config.json and the safetensors headers of a checkpoint, print its modules by format, group size, shape, count and
+bytes, and name what is missing, unexpected or mis-shaped. With --gpus and --memory also say what fits. Reads no
+weights, needs no GPU and no vLLM. Exit status: 0 it can be served, 1 it cannot (the reasons come last), 2 wrong usage.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.gpus is None) != (options.memory is None):
+        parser.error("--gpus and --memory go together: --gpus 2 --memory 80GiB")
+    try:
+        status = _inspect(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python flushes stdout once more at exit, which must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "80GiB", "80 GB", "81920MiB" or a plain number.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else; "80G" does not say which of two sizes it means.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 80GiB (1024^3), 80GB (1000^3) or bytes")
+    return size
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-deepseek-v4flash", description="Tools for DeepSeek-V4 under vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds, and what fits", description=_INSPECT)
+    inspect.add_argument("directory", metavar="DIR", help="the checkpoint: config.json and *.safetensors")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    fit = inspect.add_argument_group("what fits", "GPUs share the model by tensor parallelism")
+    fit.add_argument("--gpus", type=_positive, metavar="N", help="how many GPUs")
+    fit.add_argument(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="memory of each GPU, as CUDA reports it (about 79GiB of an 80 GB card)",
+    )
+    fit.add_argument("--gpu-memory-utilization", type=_share, default=0.92, metavar="SHARE",
+                     help="as vLLM's; default %(default)s, which is vLLM's")  # fmt: skip
+    fit.add_argument("--kv-cache-dtype", default="auto", metavar="DTYPE", help="as vLLM's: auto (fp8), fp8, bfloat16")
+    fit.add_argument("--index-cache-dtype", default="auto", metavar="DTYPE",
+                     help="the indexer's keys: auto (as the cache), fp8, fp4, model")  # fmt: skip
+    fit.add_argument("--enable-expert-parallel", action="store_true", help="as vLLM's: whole experts on each GPU")
+    fit.add_argument("--max-num-seqs", type=_positive, default=256, metavar="N", help="as vLLM's; default %(default)s")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the memory: above 0, at most 1")
+    return share
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    # Imported here: they bring torch, which `--help` and a wrong option need not wait for.
+    from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
+    from vllm_deepseek_v4flash.inspect.report import as_json, as_text
+    from vllm_deepseek_v4flash.inspect.survey import inspect_checkpoint
+
+    try:
+        report = inspect_checkpoint(options.directory)
+    except CheckpointError as error:
+        if options.json:
+            print(json.dumps({"servable": False, "reasons": [str(error)]}, indent=1))
+        else:
+            print(f"This checkpoint cannot be served:\n  {error}")
+        return 1
+    reasons, capacity = _problem_reasons(report), None
+    if options.gpus is not None:
+        capacity, more = _fit(report, options)
+        reasons += more
+    if options.json:
+        print(json.dumps(as_json(report, capacity, reasons), indent=1))
+    else:
+        print(as_text(report, capacity, reasons, _cache_flags(options)))
+    return 1 if reasons else 0
+
+
+def _problem_reasons(report: Report) -> list[str]:
+    if not report.problems:
+        return []
+    first = report.problems[0]
+    reason = f"{len(report.problems):,} problems in its tensors or config.json"
+    return [f"{reason}, first {first.kind}: {first.name}: {first.text}"]
+
+
+def _fit(report: Report, options: argparse.Namespace) -> tuple[Capacity | None, list[str]]:
+    """What fits, and the reasons why it does not; without a plan where the model cannot be divided at all."""
+    import torch
+
+    from vllm_deepseek_v4flash.inspect.capacity import Limits, division_problems, plan_capacity
+    from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
+
+    limits = Limits(
+        options.gpus, options.memory, options.gpu_memory_utilization, options.enable_expert_parallel,
+        options.max_num_seqs,
+    )  # fmt: skip
+    divisions = division_problems(report.config, report.resident, limits)
+    if divisions:
+        return None, [f"--gpus {limits.gpus}: {name} {why}" for name, why in divisions]
+    try:
+        formats = CacheFormats.select(report.config, options.kv_cache_dtype, options.index_cache_dtype, torch.bfloat16)
+    except ValueError as error:
+        return None, [str(error)]
+    capacity = plan_capacity(report.config, report.resident, formats, limits)
+    if capacity.best is not None:
+        return capacity, []
+    smallest = capacity.fits[-1]
+    return capacity, [
+        f"it does not fit {limits.gpus} x {limits.memory:,} bytes at --gpu-memory-utilization {limits.utilization:g}: "
+        f"weights take {capacity.weights:,} and a step of {smallest.batch_tokens} tokens {smallest.activations:,} of "
+        f"{capacity.budget:,}, which leaves {smallest.cache:,} for the cache. Use more GPUs, larger ones, or more of "
+        f"their memory."
+    ]
+
+
+def _cache_flags(options: argparse.Namespace) -> list[str]:
+    flags = [] if options.kv_cache_dtype == "auto" else [f"--kv-cache-dtype {options.kv_cache_dtype}"]
+    if options.index_cache_dtype != "auto":
+        value = json.dumps({"index_cache_dtype": options.index_cache_dtype})
+        flags.append(f"--additional-config '{value}'")
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Everything that vLLM calls: registration, option checks, workarounds, the quantization config."""

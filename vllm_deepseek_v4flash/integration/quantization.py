@@ -1,0 +1,87 @@
+"""The quantisation config that claims DeepSeek-V4 checkpoints, and only those, whatever tool packed them.
+
+Light on purpose: `register` imports it in every process. The methods are imported when a model is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from ..checkpoint.plan import PackedModule
+
+NAME = "deepseek_v4flash"
+# `quant_method` of the checkpoints that `formats/` reads; vLLM rewrites DeepSeek's own "fp8" before it asks.
+CLAIMED = ("awq", "gptq", "auto-round", "intel/auto-round", "inc", "compressed-tensors", "fp8", "deepseek_v4_fp8")
+
+
+class DeepseekV4QuantConfig(QuantizationConfig):
+    """Decides by the checkpoint's tensors, module by module, how each weight is packed."""
+
+    def __init__(self, source: dict[str, Any]) -> None:
+        super().__init__()
+        self.source = source
+        self.plan: dict[str, PackedModule] = {}
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DeepseekV4QuantConfig:
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Our name for a DeepSeek-V4 checkpoint of a method that we read; None leaves everything else alone."""
+        if getattr(hf_config, "model_type", None) != "deepseek_v4" or getattr(hf_config, "vision_n_layers", 0):
+            return None
+        method = str((hf_quant_cfg or {}).get("quant_method", "")).lower()
+        return NAME if method in CLAIMED else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Read the checkpoint's safetensors headers and describe every packed module.
+
+        Raises:
+            QuantizationError, CheckpointError: before anything is allocated.
+        """
+        from ..checkpoint.plan import plan_weights
+        from ..config import DeepseekV4Config
+
+        self.plan = plan_weights(
+            DeepseekV4Config.from_hf(hf_config), self.source, _stored_tensors(model_name, revision)
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method for a linear or for the routed experts of a layer; unquantised ones where nothing is packed."""
+        from ..layers.methods import method_for
+
+        return method_for(self.plan, layer, prefix)
+
+
+def _stored_tensors(model: str, revision: str | None) -> list[tuple[str, str, tuple[int, ...], str]]:
+    """Name, dtype code, shape and file of each tensor, by headers alone: of a directory or of a hub repository."""
+    if Path(model).is_dir():
+        from ..checkpoint.headers import read_headers
+
+        return [(t.name, t.dtype, t.shape, t.file.name) for t in read_headers(model).values()]
+    from huggingface_hub import get_safetensors_metadata
+
+    files = get_safetensors_metadata(model, revision=revision).files_metadata.items()
+    return [(name, t.dtype, tuple(t.shape), file) for file, data in files for name, t in data.tensors.items()]

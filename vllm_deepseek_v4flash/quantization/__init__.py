@@ -1,1 +1,0 @@
-"""Quantised weights: the canonical form (`scheme`) and the formats that are read into it (`formats`)."""
