@@ -1,4 +1,4 @@
-"""DeepSeek-V4-Flash at its real shape (spec section 1)."""
+"""DeepSeek-V4-Flash at its real shape (docs/model.md, "Config")."""
 
 from vllm_deepseek_v4flash.config import DeepseekV4Config
 

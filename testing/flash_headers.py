@@ -1,4 +1,4 @@
-"""DeepSeek-V4-Flash as files with real headers and no data: the sparse files take no disk (spec sections 1 and 2)."""
+"""DeepSeek-V4-Flash (docs/model.md, "Tensors") as sparse files with real headers and no data, which take no disk."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ PACKED_QUANTIZATION = {
     },
 }
 
-# DeepSeek quantises these; compressors, weights_proj, the router, embedding and head stay in bf16 (spec section 2).
+# DeepSeek quantises these; compressors, weights_proj, the router, embedding and head stay in bf16.
 _DENSE = (".wq_a", ".attn.wq_b", ".indexer.wq_b", ".attn.wkv", ".wo_a", ".wo_b", ".shared_experts.w1",
           ".shared_experts.w2", ".shared_experts.w3")  # fmt: skip
 _FP32 = ("hc_", ".attn_sink", ".ape", ".gate.bias")
@@ -105,7 +105,7 @@ def native(values: dict[str, Any], expert_dtype: str = "fp4") -> Declared:
 
 
 def mtp(values: dict[str, Any]) -> Declared:
-    """The multi-token-prediction block that follows Flash's backbone (spec section 2.4)."""
+    """The multi-token-prediction block that follows Flash's backbone (docs/model.md, "Multi-token prediction")."""
     block = {**values, "num_hidden_layers": 4, "compress_ratios": [0, 0, 0, 0]}
     declared = {
         "mtp.0." + name.removeprefix("layers.3."): value

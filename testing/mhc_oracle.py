@@ -1,4 +1,4 @@
-"""Hyper-connections entry by entry in Python floats (spec section 3.3), with bounds for fp32."""
+"""Hyper-connections entry by entry in Python floats (docs/model.md, "Hyper-connections"), with bounds for fp32."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Mistakes that implementations of DeepSeek-V4 have made, each as the change to our code that makes it again.
 
-The sections are those of the checklist in the architecture's specification (section 5.3). `TRAPS` must be seen
-by the parity test in the configuration that they name; `HARMLESS` changes look like traps and are none.
+The numbers are those of the checklist in docs/model.md, "Traps". `TRAPS` must be seen by the
+parity test in the configuration that they name; `HARMLESS` changes look like traps and are none.
 Not here, because this model has no code that could make the mistake: padded heads (heads are never padded),
 e8m0 scales and nibble order of weights (no quantised weights are served), and serving faults (`tests/scheduler`).
 """
@@ -279,7 +279,7 @@ COMPRESSOR = (
           _op("linear_fp32", "F.linear(x.float(), weight.float())", _BF16)),
 )  # fmt: skip
 
-# 17 and section 3.7: the indexer.
+# 17: the indexer.
 INDEXER = (
     _trap("every entry attended to", "topk",
           _in("layers.indexer:Indexer.forward", ("step.max_entries <= self.topk", "True"))),

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 as vLLM runs it, in the order of the paper (spec section 3).
+"""DeepSeek-V4 as vLLM runs it, in the order of docs/model.md.
 
 Every token is carried by `hc_mult` residual streams. A layer mixes them into one vector, attends, spreads the result
 back over the streams, and does the same around its experts. What a layer attends to besides the sliding window is its
@@ -45,7 +45,7 @@ logger = logging.getLogger(logger_name(__name__))
 
 
 class DeepseekV4DecoderLayer(nn.Module):
-    """Attention and experts, each between a hyper-connection's two halves (spec section 3.2)."""
+    """Attention and experts, each between a hyper-connection's two halves (docs/model.md, "Residual streams")."""
 
     def __init__(self, config: DeepseekV4Config, vllm_config: VllmConfig, formats: CacheFormats, prefix: str) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
                 self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "head")
             )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        # V4's head is fp32 (spec section 3.9).
+        # V4's head is fp32 (docs/model.md, "Head").
         self.logits_processor.head_dtype = torch.float32
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

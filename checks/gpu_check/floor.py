@@ -1,7 +1,7 @@
 """The least that a GPU can take for DeepSeek-V4-Flash with 4-bit weights: a step's bytes and operations, by layer kind.
 
-From the shapes alone, as in ../shared/research/kernels.md, section 2: each weight and each cached row that a step needs
-is read once; experts are those that so many tokens choose on average. fp8 rows; a compressor's weights are bf16.
+From the shapes alone (docs/model.md, "Tensors" and "Caches"): each weight and each cached row that a step needs is read
+once; experts are those that so many tokens choose on average. fp8 rows; a compressor's weights are bf16.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def kinds(report: Report) -> dict[str, tuple[str, int, int]]:
 
 
 def test_flash_as_deepseek_ships_it(native_flash: Report) -> None:
-    """The totals are those of the hub's index (spec section 2)."""
+    """The totals are those of the hub's index (docs/model.md, "Tensors")."""
     assert (native_flash.tensors, native_flash.nbytes) == (67612, 156015698140)
     assert (native_flash.skipped, native_flash.skipped_bytes) == (1575, 3593787756)
     assert native_flash.problems == ()

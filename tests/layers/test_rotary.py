@@ -1,4 +1,4 @@
-"""Rotary frequencies against the formulas of spec section 3.4, in Python floats."""
+"""Rotary frequencies against the formulas of docs/model.md, "RoPE", in Python floats."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Rotary embedding: interleaved pairs, last dimensions, both directions (spec section 3.4)."""
+"""Rotary embedding: interleaved pairs, last dimensions, both directions (docs/model.md, "RoPE")."""
 
 import math
 

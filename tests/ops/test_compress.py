@@ -1,4 +1,4 @@
-"""The compressor, one window and one channel at a time (spec section 3.6)."""
+"""The compressor, one window and one channel at a time (docs/model.md, "Compressor")."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The routed experts, one token and one expert at a time (spec section 3.8)."""
+"""The routed experts, one token and one expert at a time (docs/model.md, "Mixture of experts")."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The Hadamard transform against its matrix (spec section 3.7)."""
+"""The Hadamard transform against its matrix (docs/model.md, "Indexer")."""
 
 import pytest
 import torch

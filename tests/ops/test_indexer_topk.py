@@ -1,4 +1,4 @@
-"""The indexer's selection (spec section 3.7)."""
+"""The indexer's selection (docs/model.md, "Indexer")."""
 
 import importlib
 import math

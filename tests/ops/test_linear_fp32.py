@@ -1,4 +1,4 @@
-"""The linear that is not rounded (spec section 5.4)."""
+"""The linear that is not rounded (docs/model.md, "Kept in fp32")."""
 
 import pytest
 import torch

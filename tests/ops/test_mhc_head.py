@@ -1,4 +1,4 @@
-"""The streams' sum before the final norm (spec section 3.3, `hc_head`)."""
+"""The streams' sum before the final norm (docs/model.md, "Hyper-connections")."""
 
 import pytest
 import torch

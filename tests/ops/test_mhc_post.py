@@ -1,4 +1,4 @@
-"""Leaving a sublayer (spec section 3.3)."""
+"""Leaving a sublayer (docs/model.md, "Hyper-connections")."""
 
 import pytest
 import torch

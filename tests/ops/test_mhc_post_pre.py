@@ -1,4 +1,4 @@
-"""From one sublayer to the next (spec section 3.3): `mhc_post` and `mhc_pre` in one op."""
+"""From one sublayer to the next (docs/model.md, "Hyper-connections"): `mhc_post` and `mhc_pre` in one op."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Entering a sublayer (spec section 3.3)."""
+"""Entering a sublayer (docs/model.md, "Hyper-connections")."""
 
 import pytest
 import torch

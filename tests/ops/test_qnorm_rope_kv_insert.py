@@ -1,4 +1,4 @@
-"""The last steps of queries and window rows (spec section 3.5)."""
+"""The last steps of queries and window rows (docs/model.md, "Attention")."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""RMSNorm: fp32 with the weight inside, one rounding (spec section 3.1)."""
+"""RMSNorm: fp32 with the weight inside, one rounding (docs/model.md, "RMSNorm")."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The table of cosines and sines (spec section 3.4)."""
+"""The table of cosines and sines (docs/model.md, "RoPE")."""
 
 import numpy
 import pytest

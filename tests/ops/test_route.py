@@ -1,4 +1,4 @@
-"""Expert selection (spec section 3.8)."""
+"""Expert selection (docs/model.md, "Mixture of experts")."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Attention over window rows and compressed entries, one token and one head at a time (spec section 3.5)."""
+"""Attention over window rows and compressed entries, one token and one head at a time (docs/model.md, "Attention")."""
 
 import contextlib
 import importlib

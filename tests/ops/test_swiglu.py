@@ -1,4 +1,4 @@
-"""SwiGLU with the asymmetric clamp (spec section 3.8)."""
+"""SwiGLU with the asymmetric clamp (docs/model.md, "Mixture of experts")."""
 
 import math
 

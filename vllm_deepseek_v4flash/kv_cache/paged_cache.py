@@ -1,4 +1,4 @@
-"""The paged caches of one layer as vLLM's scheduler sees them (spec sections 3.6 and 3.11).
+"""The paged caches of one layer as vLLM's scheduler sees them (docs/model.md, "Caches").
 
 | cache | rows | spec |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""Window, CSA and HCA attention: one module, three kinds of layer (spec section 3.5)."""
+"""Window, CSA and HCA attention: one module, three kinds of layer (docs/model.md, "Attention")."""
 
 from __future__ import annotations
 

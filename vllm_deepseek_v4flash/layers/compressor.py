@@ -1,4 +1,4 @@
-"""The compressor of CSA and HCA layers and of the indexer (spec section 3.6)."""
+"""The compressor of CSA and HCA layers and of the indexer (docs/model.md, "Compressor")."""
 
 from __future__ import annotations
 

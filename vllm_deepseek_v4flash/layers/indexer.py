@@ -1,4 +1,4 @@
-"""The lightning indexer of CSA layers (spec section 3.7)."""
+"""The lightning indexer of CSA layers (docs/model.md, "Indexer")."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Fp32LinearMethod(UnquantizedLinearMethod):
 
 
 class Fp32Linear(ReplicatedLinear):
-    """[T, K] to [T, N] fp32, the whole weight on every rank: router gate and compressors (spec section 5.4)."""
+    """[T, K] to [T, N] fp32, the whole weight on every rank: router, compressors (docs/model.md, "Kept in fp32")."""
 
     quant_method: Any
 
@@ -111,7 +111,7 @@ class GroupedLinearMethod(UnquantizedLinearMethod):
 
 
 class GroupedLinear(ColumnParallelLinear):
-    """The first half of the output projection: group g of the input meets group g's rows of the weight (section 3.5).
+    """The first half of the output projection (docs/model.md, "Attention"): each group has its own rows of the weight.
 
     Sharded by group, so `groups` must divide by the tensor-parallel size.
     """

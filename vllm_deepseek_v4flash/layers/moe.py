@@ -1,4 +1,4 @@
-"""Mixture of experts: router, routed experts, shared expert (spec section 3.8)."""
+"""Mixture of experts: router, routed experts, shared expert (docs/model.md, "Mixture of experts")."""
 
 from __future__ import annotations
 

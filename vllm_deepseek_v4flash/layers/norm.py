@@ -9,7 +9,7 @@ from ..ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`weight * x / rms(x)`, computed in fp32 and cast once (spec section 3.1)."""
+    """`weight * x / rms(x)`, computed in fp32 and cast once (docs/model.md, "RMSNorm")."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rotary frequencies: plain for window layers, YaRN for compressed ones (spec section 3.4)."""
+"""Rotary frequencies: plain for window layers, YaRN for compressed ones (docs/model.md, "RoPE")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interleaved rotary embedding of the last dimensions of a head (spec section 3.4)."""
+"""Interleaved rotary embedding of the last dimensions of a head (docs/model.md, "RoPE")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compressor: pool finished windows of tokens into cached entries (spec section 3.6)."""
+"""The compressor: pool finished windows of tokens into cached entries (docs/model.md, "Compressor")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routed experts: gather, gate/up, clamped SwiGLU, down, weighted sum (spec section 3.8)."""
+"""The routed experts: gather, gate/up, clamped SwiGLU, down, weighted sum (docs/model.md, "Mixture of experts")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block-diagonal linear: the first half of V4's output projection (spec section 3.5)."""
+"""A block-diagonal linear: the first half of V4's output projection (docs/model.md, "Attention")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The orthonormal Hadamard transform of the indexer's 4-bit queries and keys (spec section 3.7)."""
+"""The orthonormal Hadamard transform of the indexer's 4-bit queries and keys (docs/model.md, "Indexer")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lightning indexer: score the compressed entries of a CSA layer and keep the best (spec section 3.7)."""
+"""The lightning indexer: score the compressed entries of a CSA layer and keep the best (docs/model.md, "Indexer")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear whose result stays fp32: router, compressor (spec section 5.4)."""
+"""A linear whose result stays fp32: router, compressor (docs/model.md, "Kept in fp32")."""
 
 from __future__ import annotations
 

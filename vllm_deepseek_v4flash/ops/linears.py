@@ -1,4 +1,4 @@
-"""Several linears of one input (spec sections 3.5 to 3.8)."""
+"""Several linears of one input (docs/model.md, "Attention" and "Mixture of experts")."""
 
 from __future__ import annotations
 

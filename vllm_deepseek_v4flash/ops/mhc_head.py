@@ -1,4 +1,4 @@
-"""The weighted sum of the residual streams that the final norm reads (spec section 3.3, `hc_head`)."""
+"""The weighted sum of the residual streams that the final norm reads (docs/model.md, "Hyper-connections")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections between two sublayers: leave one, enter the next (spec section 3.3)."""
+"""Hyper-connections between two sublayers: leave one, enter the next (docs/model.md, "Hyper-connections")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections, entering a sublayer (spec section 3.3)."""
+"""Manifold-constrained hyper-connections, entering a sublayer (docs/model.md, "Hyper-connections")."""
 
 from __future__ import annotations
 

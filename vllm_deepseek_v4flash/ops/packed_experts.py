@@ -1,4 +1,4 @@
-"""The routed experts over packed weights (spec section 3.8)."""
+"""The routed experts over packed weights (docs/model.md, "Mixture of experts")."""
 
 from __future__ import annotations
 

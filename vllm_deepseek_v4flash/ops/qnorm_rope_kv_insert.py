@@ -1,4 +1,4 @@
-"""The last steps of a query and of a window row: norm, rotation, quantisation, store (spec section 3.5)."""
+"""The last steps of a query and of a window row: norm, rotation, quantisation, store (docs/model.md, "Attention")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm with the weight product in fp32 (spec section 3.1)."""
+"""RMSNorm with the weight product in fp32 (docs/model.md, "RMSNorm")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary angles (spec section 3.4)."""
+"""Cosines and sines of rotary angles (docs/model.md, "RoPE")."""
 
 from __future__ import annotations
 

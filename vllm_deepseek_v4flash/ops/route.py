@@ -1,4 +1,4 @@
-"""Expert selection: square-root softplus scores, biased top-k or a hash table (spec section 3.8)."""
+"""Expert selection: square-root softplus scores, biased top-k or a hash table (docs/model.md, "Mixture of experts")."""
 
 from __future__ import annotations
 

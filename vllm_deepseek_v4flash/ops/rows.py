@@ -1,4 +1,4 @@
-"""Cached rows: how one vector is stored in a page, and how a paged cache is addressed (spec sections 2.5 and 4).
+"""Cached rows: how one vector is stored in a page, and how a paged cache is addressed (docs/model.md, "Row formats").
 
 A row of D values is stored in one of three ways:
 

@@ -1,4 +1,4 @@
-"""Attention over the sliding window and compressed entries, in one softmax with a sink (spec section 3.5)."""
+"""Attention over the sliding window and compressed entries, in one softmax with a sink (docs/model.md, "Attention")."""
 
 from __future__ import annotations
 

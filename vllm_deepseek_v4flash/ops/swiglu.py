@@ -1,4 +1,4 @@
-"""SwiGLU with V4's asymmetric clamp (spec section 3.8)."""
+"""SwiGLU with V4's asymmetric clamp (docs/model.md, "Mixture of experts")."""
 
 from __future__ import annotations
 

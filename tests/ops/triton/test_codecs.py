@@ -1,4 +1,4 @@
-"""8- and 4-bit numbers in kernels against their bit definitions (spec section 2.5)."""
+"""8- and 4-bit numbers in kernels against their bit definitions (docs/model.md, "Weight encodings")."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Rows of paged caches in kernels, byte by byte (spec sections 2.5 and 4)."""
+"""Rows of paged caches in kernels, byte by byte (docs/model.md, "Row formats")."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""8- and 4-bit numbers inside kernels: e4m3, e2m1 and their power-of-two scales (spec section 2.5).
+"""8- and 4-bit numbers inside kernels: e4m3, e2m1 and their power-of-two scales (docs/model.md, "Weight encodings").
 
 SM80 has no instruction that converts e4m3. `NATIVE` chooses between the instruction and bit arithmetic that gives the
 same results: decoding is exact for all 254 finite codes, encoding rounds to the nearest code, ties to the even one.

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections in two launches (spec section 3.3).
+"""Manifold-constrained hyper-connections in two launches (docs/model.md, "Hyper-connections").
 
 `mix_streams` goes over the streams once: it spreads a sublayer's output over them and multiplies the result with the
 next sublayer's `fn`, in parts of the hidden dimension that lie side by side. `enter_sublayer` adds up the parts and

@@ -1,4 +1,4 @@
-"""The rotation of interleaved pairs inside kernels (spec section 3.4)."""
+"""The rotation of interleaved pairs inside kernels (docs/model.md, "RoPE")."""
 
 from __future__ import annotations
 
