@@ -86,14 +86,13 @@ def write_scheduler(directory: Path) -> Path:
 
 def write_toy_fp4(directory: Path) -> Path:
     """The toy as DeepSeek stores its weights: FP4 experts, FP8 linears."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from testing.format_cases import FP8_CONFIG
     from testing.native_checkpoints import quantise
     from vllm_deepseek_v4flash.checkpoint.names import native_name
 
-    stored = load_file(EXAMPLES / "toy" / "model.safetensors")
-    native = {native_name(name) or name: tensor for name, tensor in stored.items()}
+    native = {native_name(name) or name: tensor for name, tensor in _load(EXAMPLES / "toy").items()}
     directory.mkdir(parents=True)
     tensors = quantise(native, "fp4", torch.float8_e8m0fnu)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
@@ -128,11 +127,16 @@ def questions() -> list[dict[str, object]]:
 
 def fingerprint(directory: Path) -> str:
     """What a checkpoint holds, but for the last bits of random numbers, in which CPUs differ."""
-    from safetensors.torch import load_file
-
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+    for name, tensor in sorted(_load(directory).items()):
         values = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
         size = float(values.double().abs().mean())
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {size:.3e}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _load(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, under its stored name."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
