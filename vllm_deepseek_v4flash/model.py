@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import logger_name
 from .checkpoint.loader import load_weights
 from .compat import (
     IntermediateTensors,
@@ -39,6 +38,7 @@ from .layers.hyper_connections import HyperConnection, Residual, merge_streams, 
 from .layers.moe import MoE
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryEmbedding
+from .log import logger_name
 from .ops.dispatch import describe, prepare
 
 logger = logging.getLogger(logger_name(__name__))

@@ -15,6 +15,7 @@ import vllm_deepseek_v4flash
 from testing.tiny import CONFIGS
 from vllm_deepseek_v4flash import DISABLE_ENV
 from vllm_deepseek_v4flash.integration import install as plugin
+from vllm_deepseek_v4flash.log import info_at_startup
 
 OURS = "vllm_deepseek_v4flash.model"
 IN_TREE = "vllm.models.deepseek_v4"
@@ -188,11 +189,10 @@ def test_the_line_is_silent_where_vllm_is(monkeypatch, capfd):
     """Before vLLM configures its logging we print with a handler of our own, and not against the user's wish."""
     silent = logging.getLogger("vllm_deepseek_v4flash_test")
     silent.propagate = False
-    monkeypatch.setattr(vllm_deepseek_v4flash, "logger", silent)
     for level, configure, expected in (("INFO", "1", True), ("WARNING", "1", False), ("INFO", "0", False)):
         monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
         monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", configure)
-        vllm_deepseek_v4flash._log_info("a line")
+        info_at_startup(silent, "a line")
         assert ("a line" in capfd.readouterr().err) is expected, (level, configure)
     assert silent.handlers == []
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from vllm_deepseek_v4flash import logger_name
 from vllm_deepseek_v4flash.checkpoint import names
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError as CheckpointError
 from vllm_deepseek_v4flash.checkpoint.names import TensorSpec
 from vllm_deepseek_v4flash.checkpoint.plan import HELD_UNPACKED, PackedModule
 from vllm_deepseek_v4flash.config import DeepseekV4Config
+from vllm_deepseek_v4flash.log import logger_name
 from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, dequantise
 
 logger = logging.getLogger(logger_name(__name__))

@@ -9,9 +9,10 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_deepseek_v4flash import DISABLE_ENV, logger_name
+from vllm_deepseek_v4flash import DISABLE_ENV
 from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind
 from vllm_deepseek_v4flash.integration.serving import enable_thinking_budget, select_tokenizer_mode
+from vllm_deepseek_v4flash.log import logger_name
 
 if TYPE_CHECKING:
     from torch import nn

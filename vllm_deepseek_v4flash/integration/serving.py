@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from vllm_deepseek_v4flash import logger_name
+from vllm_deepseek_v4flash.log import logger_name
 from vllm_deepseek_v4flash.serving.generation import detect_generation
 from vllm_deepseek_v4flash.serving.modes import Generation
 

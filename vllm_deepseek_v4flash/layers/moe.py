@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import logger_name
 from ..compat import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -18,6 +17,7 @@ from ..compat import (
     tensor_model_parallel_all_reduce,
 )
 from ..config import DeepseekV4Config
+from ..log import logger_name
 from ..ops.fused_experts import fused_experts
 from ..ops.route import route
 from ..ops.swiglu import swiglu

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_deepseek_v4flash import logger_name
+from vllm_deepseek_v4flash.log import logger_name
 
 from ...ops.packed_weight import QuantizationError, Scheme, TensorHeader
 from . import awq, floats, gptq

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ... import logger_name
+from ...log import logger_name
 from ..dispatch import OPS_ENV, chosen
 from ..packed_weight import Scheme
 from ..triton.packed_experts import packed_experts as triton_packed_experts
