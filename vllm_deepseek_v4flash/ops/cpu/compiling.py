@@ -25,6 +25,9 @@ Cache = tuple[int, ...]
 MATRICES = 8
 Matrices = tuple[int, ...]
 """Up to MATRICES weights as kernels take them, five numbers each; `linears` makes it."""
+PARTS = 8
+Parts = tuple[int, ...]
+"""Up to PARTS parts of a result as kernels take them: columns, address, dtype; `merged_linear` makes it."""
 
 # llvmlite's library object answers to every name, `__dict__` too, with a C function. vLLM looks into the `__dict__` of
 # all modules' values when an engine starts on a CPU, and without this would fail once Numba has been imported.
@@ -38,6 +41,7 @@ _TYPES = {
     "None": types.void,
     "Cache": types.UniTuple(types.int64, CACHE_FIELDS),
     "Matrices": types.UniTuple(types.int64, 5 * MATRICES),
+    "Parts": types.UniTuple(types.int64, 3 * PARTS),
 }
 # Sums may be reordered, which vectorises them, and products fused; NaN and infinities keep their meaning.
 _SUMS = {"reassoc", "contract", "nsz"}
