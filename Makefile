@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Of pytest; each may hold an engine of a few GiB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: setup demo test test-slow compile-table bench-attention bench-moe gpu-check lint clean
+.PHONY: setup demo test test-slow compile-table bench-attention bench-moe gpu-check diagrams lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
@@ -29,6 +29,10 @@ bench-moe: setup
 
 gpu-check: setup
 	$(BIN)/python -m checks.gpu_check $(ARGS)
+
+# Needs Graphviz (apt-get install graphviz).
+diagrams:
+	for name in rooms layers; do dot -Tsvg docs/diagrams/$$name.dot -o docs/diagrams/$$name.svg; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +90,25 @@ def test_relative_links_resolve(document: Path) -> None:
         if not exists or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("name", ["rooms", "layers"])
+def test_a_diagram_is_what_its_source_says(name: str) -> None:
+    """Every edge and every line of text; `make diagrams` after a change of the source."""
+    source = (ROOT / "docs" / "diagrams" / f"{name}.dot").read_text(encoding="utf-8")
+    picture = html.unescape((ROOT / "docs" / "diagrams" / f"{name}.svg").read_text(encoding="utf-8"))
+    drawn = {" ".join(text.split()) for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture)}
+    labels = re.findall(r'label="([^"]*)"', source) + re.findall(r"label=<(.*?)>(?=\]|;|, \w+=)", source)
+    lines = {" ".join(line.split()) for label in labels for line in re.split(r"<[^>]*>|\\n", label)} - {""}
+    assert len(lines) > 10
+    assert {line for line in lines if line not in drawn} == set()
+    shown = [line.partition("//")[0] for line in source.splitlines() if "style=invis" not in line]
+    assert picture.count('class="edge"') == sum(line.count("->") for line in shown)
+
+
+def test_the_diagram_of_the_rooms_has_every_room() -> None:
+    package = ROOT / "vllm_deepseek_v4flash"
+    source = (ROOT / "docs" / "diagrams" / "rooms.dot").read_text(encoding="utf-8")
+    rooms = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").is_file()}
+    rooms |= {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert {room for room in rooms if room not in source} == set()
