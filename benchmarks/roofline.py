@@ -372,6 +372,6 @@ def main(arguments: Sequence[str], *, name: str, title: str, cases: Callable[[bo
 def interpret() -> None:
     """Have Triton's interpreter run the kernels that are imported from now on, and compute bf16 as a GPU does."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from testing.interpreter import mend
+    from testing.interpreter import correct
 
-    mend()
+    correct()

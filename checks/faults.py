@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 
-from testing.asking import FAILURE_TIMEOUT, MAX_MODEL_LEN, STOP_TIMEOUT, ask, client_of
+from testing.client import FAILURE_TIMEOUT, MAX_MODEL_LEN, STOP_TIMEOUT, ask, client_of
 from testing.server import FRONT_END, Server
 
 FAULT_PROMPT = (0, 5, 6)

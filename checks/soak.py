@@ -37,7 +37,7 @@ from typing import Any
 import openai
 
 from checks.faults import Ending, kill_under_load, terminate_under_load
-from testing.asking import (
+from testing.client import (
     CACHE_MIB,
     ENVIRONMENT,
     Question,

@@ -28,7 +28,7 @@ _create_dot = interpreter.InterpreterBuilder.create_dot
 _patch_lang = interpreter._patch_lang
 
 
-def mend() -> None:
+def correct() -> None:
     """Do it for this process; a second call changes nothing."""
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot

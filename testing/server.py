@@ -175,3 +175,41 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Servers:
+    """One server at a time, restarted for the next test after one has ended it.
+
+    Args:
+        model: the checkpoint directory.
+        directory: where the logs go.
+        options, environment: as for `Server`.
+    """
+
+    def __init__(
+        self, model: Path, directory: Path, options: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    ) -> None:
+        self.model, self.directory, self.options, self.environment = model, directory, options, environment
+        self._server: Server | None = None
+        self._count = 0
+        self._failure: ServerError | None = None
+
+    def get(self) -> Server:
+        """A healthy server. A start that failed is not repeated for every test: its error is raised again."""
+        if self._failure is not None:
+            raise self._failure
+        if self._server is None or not self._server.alive():
+            self.close()
+            self._count += 1
+            log = self.directory / f"server_{self._count}.log"
+            self._server = Server(self.model, log, self.options, self.environment)
+            try:
+                self._server.wait_until_healthy()
+            except ServerError as error:
+                self._failure = error
+                raise
+        return self._server
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.kill()

@@ -30,9 +30,9 @@ collect_ignore = [] if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else ["
 import pytest  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from testing.interpreter import mend
+    from testing.interpreter import correct
 
-    mend()
+    correct()
 
 
 # What takes minutes comes first, so that no worker is left with it when the others are through.

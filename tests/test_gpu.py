@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from testing import engine, oracle, tiny
-from testing.served import TOLERANCE, serve
+from testing.parity import TOLERANCE, serve
 
 pytestmark = pytest.mark.gpu
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from testing import engine, oracle, tiny
-from testing.served import TOLERANCE, Served, serve
+from testing.parity import TOLERANCE, Served, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NEW_TOKENS = 40

@@ -19,7 +19,7 @@ import pytest
 
 from testing import engine, tiny
 from testing.mutate import mutated
-from testing.served import TOLERANCE, Served, serve
+from testing.parity import TOLERANCE, Served, serve
 from testing.traps import CHUNK, HARMLESS, TRAPS, Trap
 from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError
 from vllm_deepseek_v4flash.ops import dispatch

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-V2_ON_CPU = ROOT / "tests" / "v2_on_cpu"
+V2_ON_CPU = ROOT / "testing" / "v2_on_cpu"
 
 
 def write_metadata(directory: Path) -> Path:

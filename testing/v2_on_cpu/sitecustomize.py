@@ -18,6 +18,6 @@ from triton.backends import backends
 _driver = types.SimpleNamespace(is_active=lambda: True)
 backends.setdefault("cpu", types.SimpleNamespace(driver=_driver, compiler=None))
 
-from testing.interpreter import mend  # noqa: E402
+from testing.interpreter import correct  # noqa: E402
 
-mend()
+correct()

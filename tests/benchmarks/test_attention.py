@@ -10,7 +10,7 @@ import torch
 from benchmarks import attention, inputs, vllm_kernels
 from benchmarks.inputs import TINY, paged, spread_indices
 from benchmarks.roofline import Bench, UnavailableError, WrongResultError
-from testing import codecs
+from testing.ops import codecs
 from vllm_deepseek_v4flash.kv_cache.page_sizes import entry_page, window_page
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 

@@ -7,56 +7,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import nn
 
+from testing.fake_model import FakeModel, load_stacked
 from testing.tiny import CONFIGS, TinySpec, fuse_experts, random_tensors
 from vllm_deepseek_v4flash.checkpoint import loader, names
 from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError, load_weights
-from vllm_deepseek_v4flash.config import DeepseekV4Config
 
 SPEC = CONFIGS["odd"]
 CONFIG = SPEC.config
 WQ_A = "layers.1.attn.wq_a.weight"
-
-
-def _stacked_loader(parameter: Any, tensor: torch.Tensor, shard_id: str, expert_id: int) -> None:
-    rows = parameter[expert_id]
-    inter = tensor.shape[0]
-    part = rows if shard_id == "w2" else rows[:inter] if shard_id == "w1" else rows[inter:]
-    part.copy_(tensor)
-
-
-class FakeModel(nn.Module):
-    """The served model's parameters, NaN until loaded (integers: -1); optionally one pipeline stage of it."""
-
-    def __init__(
-        self, config: DeepseekV4Config, layers: range | None = None, first: bool = True, last: bool = True
-    ) -> None:
-        super().__init__()
-        experts, inter, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        layers = range(config.num_hidden_layers) if layers is None else layers
-        for name, spec in names.expected_tensors(config).items():
-            layer = names.layer_index(name)
-            here = layer in layers if layer is not None else first if name == "embed.weight" else last
-            if here and names.expert_index(name) is None:
-                self._add(name if name == "head.weight" else f"model.{name}", spec.shape, spec.integer)
-        for layer in layers:
-            prefix = f"model.layers.{layer}.ffn.experts"
-            for name, shape in (("w13", (experts, 2 * inter, hidden)), ("w2", (experts, hidden, inter))):
-                self._add(f"{prefix}.{name}_weight", shape).weight_loader = _stacked_loader
-
-    def _add(self, name: str, shape: Iterable[int], integer: bool = False) -> Any:
-        *path, leaf = name.split(".")
-        module: nn.Module = self
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
-        empty = torch.full(tuple(shape), -1 if integer else float("nan"))
-        data = empty.to(torch.int32) if integer else empty
-        parameter: Any = nn.Parameter(data, requires_grad=False)
-        module.register_parameter(leaf, parameter)
-        return parameter
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +207,7 @@ def test_a_shared_expert_without_parameters_is_one_more_of_the_stack(tensors: di
     ffn = model.get_submodule("model.layers.1.ffn")
     del ffn.shared_experts
     for name, shape in (("w13", (experts + 1, 2 * inter, hidden)), ("w2", (experts + 1, hidden, inter))):
-        model._add(f"model.layers.1.ffn.experts.{name}_weight", shape).weight_loader = _stacked_loader
+        model.add(f"model.layers.1.ffn.experts.{name}_weight", shape).weight_loader = load_stacked
     assert load_weights(model, CONFIG, tensors.items()) == set(dict(model.named_parameters()))
     shared = {n: tensors[f"layers.1.ffn.shared_experts.{n}.weight"] for n in ("w1", "w2", "w3")}
     assert torch.equal(ffn.experts.w13_weight[experts], torch.cat([shared["w1"], shared["w3"]]))

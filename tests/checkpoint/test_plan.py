@@ -11,7 +11,7 @@ import torch
 
 from testing import format_cases as cases
 from testing import tiny
-from tests.checkpoint.test_loader import FakeModel
+from testing.fake_model import FakeModel
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
 from vllm_deepseek_v4flash.checkpoint.formats.common import header_of
 from vllm_deepseek_v4flash.checkpoint.loader import load_weights

@@ -19,7 +19,7 @@ import pytest
 from checks import soak
 from checks.faults import FAULT_PROMPT, kill_under_load, terminate_under_load
 from checks.soak import GROWTH, Report
-from testing.asking import (
+from testing.client import (
     CACHED_STEP,
     MAX_MODEL_LEN,
     MAX_PROMPT,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from testing.numeric import FUNCTION, U32, U, assert_exact, assert_within, f64
+from testing.ops.numeric import FUNCTION, U32, U, assert_exact, assert_within, f64
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes, dequantise
 

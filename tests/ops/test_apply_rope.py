@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from testing.numeric import FUNCTION, U32, U, assert_exact, assert_within, f64, normal
+from testing.ops.numeric import FUNCTION, U32, U, assert_exact, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.apply_rope import apply_rope
 
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from testing import codecs
-from testing.numeric import FUNCTION, U32, U, assert_exact, f64, integers, normal
-from testing.paging import POISON, make_cache
+from testing.ops import codecs
+from testing.ops.numeric import FUNCTION, U32, U, assert_exact, f64, integers, normal
+from testing.ops.paging import POISON, make_cache
 from vllm_deepseek_v4flash.ops.compress import compress
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 

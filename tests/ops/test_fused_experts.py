@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from testing.numeric import normal
-from testing.packed_weights import check_experts as check
-from testing.packed_weights import experts_in_fp64 as oracle
+from testing.ops.numeric import normal
+from testing.ops.packed_weights import check_experts as check
+from testing.ops.packed_weights import experts_in_fp64 as oracle
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
 
 

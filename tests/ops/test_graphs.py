@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from testing.numeric import assert_exact, normal
-from testing.paging import make_cache
+from testing.ops.numeric import assert_exact, normal
+from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.compress import compress
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from testing import codecs
-from testing.numeric import FUNCTION, U32, assert_exact, assert_within, f64, integers, normal
+from testing.ops import codecs
+from testing.ops.numeric import FUNCTION, U32, assert_exact, assert_within, f64, integers, normal
 from vllm_deepseek_v4flash.ops.hadamard import hadamard
 
 

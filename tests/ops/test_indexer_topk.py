@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from testing import codecs
-from testing.numeric import U32, f64, integers, normal
-from testing.paging import make_cache
+from testing.ops import codecs
+from testing.ops.numeric import U32, f64, integers, normal
+from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops.indexer_topk import indexer_topk
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from testing.numeric import U32, assert_exact, assert_within, f64, integers, normal
+from testing.ops.numeric import U32, assert_exact, assert_within, f64, integers, normal
 from vllm_deepseek_v4flash.ops.linear_fp32 import linear_fp32
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from testing import mhc_oracle
-from testing.mhc_oracle import sigmoid
-from testing.numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
+from testing.ops import mhc as mhc_oracle
+from testing.ops.mhc import sigmoid
+from testing.ops.numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.mhc_head import mhc_head
 
 

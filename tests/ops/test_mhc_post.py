@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from testing.numeric import U32, assert_exact, assert_within, f64, normal
+from testing.ops.mhc import leaving as problem
+from testing.ops.numeric import U32, assert_exact, assert_within, f64
 from vllm_deepseek_v4flash.ops.mhc_post import mhc_post
-
-
-def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32):
-    x = normal(rng, tokens, hidden, device=device, dtype=dtype)
-    streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
-    return x, streams, normal(rng, tokens, n, device=device), normal(rng, tokens, n, n, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,24 +3,21 @@
 import pytest
 import torch
 
-from testing.numeric import U32, assert_exact, assert_within, f64
+from testing.ops.mhc import OPTIONS, SHAPES, check_entered, entering, leaving
+from testing.ops.numeric import U32, assert_exact, assert_within, f64
 from vllm_deepseek_v4flash.ops.mhc_post import mhc_post
 from vllm_deepseek_v4flash.ops.mhc_post_pre import mhc_post_pre
 from vllm_deepseek_v4flash.ops.mhc_pre import mhc_pre
 
-from . import test_mhc_post, test_mhc_pre
-
-OPTIONS = test_mhc_pre.OPTIONS
-
 
 def problem(rng, device, *, norm=True, **shape):
     """(x, streams, post, comb) of one sublayer, (fn, scale, base, norm_weight) of the next."""
-    return test_mhc_post.problem(rng, device, **shape), test_mhc_pre.problem(rng, device, norm=norm, **shape)[1:]
+    return leaving(rng, device, **shape), entering(rng, device, norm=norm, **shape)[1:]
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "n", "hidden"), test_mhc_pre.SHAPES)
+@pytest.mark.parametrize(("tokens", "n", "hidden"), SHAPES)
 def test_matches_the_formulas(device, rng, dtype, tokens, n, hidden, norm):
     leave, enter = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype, norm=norm)
     streams, *entered = mhc_post_pre(*leave, *enter, **OPTIONS)
@@ -30,7 +27,7 @@ def test_matches_the_formulas(device, rng, dtype, tokens, n, hidden, norm):
     assert streams.dtype == dtype
     assert_within(streams, expected, (n + 2) * U32 * size)
     # What the next sublayer reads are the streams as they are stored, rounded.
-    test_mhc_pre.check(entered, streams, *enter, **OPTIONS)
+    check_entered(entered, streams, *enter, **OPTIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

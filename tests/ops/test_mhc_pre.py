@@ -3,51 +3,10 @@
 import pytest
 import torch
 
-from testing import mhc_oracle
-from testing.mhc_oracle import sigmoid, tensor
-from testing.numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
+from testing.ops.mhc import OPTIONS, SHAPES, check_entered, sigmoid
+from testing.ops.mhc import entering as problem
+from testing.ops.numeric import FUNCTION, U32, assert_exact, f64
 from vllm_deepseek_v4flash.ops.mhc_pre import mhc_pre
-
-
-def problem(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=1.0, norm=False):
-    streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
-    fn = normal(rng, (2 + n) * n, n * hidden, scale=(n * hidden) ** -0.5, device=device)
-    scale = torch.tensor([0.8, 1.3, 1.7], device=device)
-    norm_weight = normal(rng, hidden, device=device, dtype=dtype) if norm else None
-    return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device), norm_weight
-
-
-def check(actual, streams, fn, scale, base, norm_weight, *, norm_eps, hc_eps, sinkhorn_iters):
-    x, post, comb = actual
-    assert (x.dtype, post.dtype, comb.dtype) == (streams.dtype, torch.float32, torch.float32)
-    tokens, n, _ = streams.shape
-    s, b = f64(scale).tolist(), f64(base).tolist()
-    assert post.shape == (tokens, n)
-    assert comb.shape == (tokens, n, n)
-    for t in range(tokens):
-        m, error = mhc_oracle.mixes(streams[t], fn, norm_eps)
-        pre = [sigmoid(m[i] * s[0] + b[i]) + hc_eps for i in range(n)]
-        # A sigmoid changes by at most a quarter of its argument's error; the argument itself is rounded twice.
-        moved = [abs(s[min(i // n, 2)]) * e + 2 * U32 * (abs(m[i]) * 2 + abs(b[i])) for i, e in enumerate(error)]
-        mixed, size = mhc_oracle.weighted_sum(pre, streams[t])
-        bound = max(moved[:n]) / 4 * f64(streams[t]).abs().sum(0) + ((n + 1) * U32 + FUNCTION) * size
-        if norm_weight is not None:
-            mixed, bound = mhc_oracle.normed(mixed, bound, streams.dtype, norm_weight, norm_eps)
-        assert_within(x[t], mixed, bound)
-        expected = tensor([2 * sigmoid(m[n + k] * s[1] + b[n + k]) for k in range(n)])
-        assert_within(post[t], expected, tensor(moved[n : 2 * n]) / 2 + FUNCTION)
-        logits = [[m[2 * n + n * j + k] * s[2] + b[2 * n + n * j + k] for k in range(n)] for j in range(n)]
-        # exp(logit) moves relatively by the logit's error, and so do the row and column factors, which divide by sums
-        # of them: within four times. Each of the 2 * iters divisions adds the roundings of n additions and a quotient.
-        relative = 4 * max(moved[2 * n :]) + 2 * sinkhorn_iters * ((n + 1) * U32 + FUNCTION)
-        expected = tensor(mhc_oracle.sinkhorn(logits, hc_eps, sinkhorn_iters))
-        assert_within(comb[t], expected, relative * expected)
-
-
-OPTIONS = {"norm_eps": 1e-6, "hc_eps": 1e-6, "sinkhorn_iters": 20}
-
-
-SHAPES = [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 2, 8), (2, 1, 8), (67, 3, 40)]
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -55,7 +14,7 @@ SHAPES = [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 2, 8), (2, 1, 8), (67, 3, 40)
 @pytest.mark.parametrize(("tokens", "n", "hidden"), SHAPES)
 def test_matches_the_formula(device, rng, dtype, tokens, n, hidden, norm):
     arguments = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype, norm=norm)
-    check(mhc_pre(*arguments, **OPTIONS), *arguments, **OPTIONS)
+    check_entered(mhc_pre(*arguments, **OPTIONS), *arguments, **OPTIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -92,7 +51,7 @@ def test_large_epsilons_show_where_they_are_added(device, rng, norm_eps, hc_eps,
     # A base far from uniform keeps the steps from converging early, so that each of them shows.
     arguments = problem(rng, device, base=3.0)
     options = {"norm_eps": norm_eps, "hc_eps": hc_eps, "sinkhorn_iters": iters}
-    check(mhc_pre(*arguments, **options), *arguments, **options)
+    check_entered(mhc_pre(*arguments, **options), *arguments, **options)
 
 
 def test_columns_are_the_last_step(device, rng):

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from testing.numeric import FUNCTION, U, assert_exact, assert_within, f64, normal
-from testing.packed_weights import SCHEMES, check_experts, dense, experts_in_fp64, random_weight, scheme_of, stacked
+from testing.ops.numeric import FUNCTION, U, assert_exact, assert_within, f64, normal
+from testing.ops.packed_weights import SCHEMES, check_experts, dense, experts_in_fp64, random_weight, scheme_of, stacked
 from vllm_deepseek_v4flash.ops.packed_experts import packed_experts
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes, dequantise, shard_scheme
 from vllm_deepseek_v4flash.ops.reference import packed_experts as packed_experts_reference

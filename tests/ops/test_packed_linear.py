@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from testing.numeric import U32, assert_exact, assert_within, f64, normal
-from testing.packed_weights import SCHEMES, random_weight, scheme_of
+from testing.ops.numeric import U32, assert_exact, assert_within, f64, normal
+from testing.ops.packed_weights import SCHEMES, random_weight, scheme_of
 from vllm_deepseek_v4flash.ops.packed_linear import packed_linear
 from vllm_deepseek_v4flash.ops.packed_weight import dequantise
 from vllm_deepseek_v4flash.ops.reference import packed_linear as packed_linear_reference

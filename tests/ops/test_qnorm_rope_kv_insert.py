@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from testing.numeric import FUNCTION, U32, U, assert_within, f64, normal
-from testing.paging import POISON, make_cache
+from testing.ops.numeric import FUNCTION, U32, U, assert_within, f64, normal
+from testing.ops.paging import POISON, make_cache
 from vllm_deepseek_v4flash.ops.qnorm_rope_kv_insert import qnorm_rope_kv_insert
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 

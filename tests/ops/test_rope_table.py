@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from testing.numeric import U32, f64
+from testing.ops.numeric import U32, f64
 from vllm_deepseek_v4flash.ops.rope_table import rope_table
 
 # The angle is exact, so only the function rounds: values of at most 1, to 4 ulp of the half below it.

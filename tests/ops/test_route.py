@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from testing.numeric import FUNCTION, U32, assert_within, f64, normal
+from testing.ops.numeric import FUNCTION, U32, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.route import route
 
 

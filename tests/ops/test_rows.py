@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from testing import codecs
-from testing.numeric import assert_exact, integers, normal
-from testing.paging import POISON, make_cache
+from testing.ops import codecs
+from testing.ops.numeric import assert_exact, integers, normal
+from testing.ops.paging import POISON, make_cache
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat, read_rows, write_rows
 
 FORMATS = {

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from testing.numeric import FUNCTION, TINY, U32, U, assert_exact, assert_within, f64, normal
-from testing.paging import make_cache
+from testing.ops.numeric import FUNCTION, TINY, U32, U, assert_exact, assert_within, f64, normal
+from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.rows import RowFormat, read_rows, write_rows
 from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 
 from testing.mutate import mutated
+from testing.scheduler.engines import Engines, References
 from testing.scheduler.mistakes import SHARE_PAGES
 from testing.scheduler.prompts import TEXTS
 from testing.scheduler.runner import Request, Run, difference
-from tests.scheduler.conftest import Engines, References
 
 NEW_TOKENS = 20
 # Next to the ends of entries and pages.

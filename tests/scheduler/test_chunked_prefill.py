@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from testing.mutate import mutated
+from testing.scheduler.engines import Engines, References
 from testing.scheduler.exact import reference_ops, rounding_once
 from testing.scheduler.mistakes import FORGET_STATES
 from testing.scheduler.prompts import TEXTS
 from testing.scheduler.runner import Request, difference
-from tests.scheduler.conftest import Engines, References
 
 PROMPT, NEW_TOKENS = TEXTS[0], 20
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from testing.engine import running
+from testing.scheduler.engines import Engines, References
 from testing.scheduler.prompts import TEXTS
 from testing.scheduler.runner import Request, difference, generate
-from tests.scheduler.conftest import Engines, References
 
 PROMPTS = (TEXTS[0], TEXTS[2], TEXTS[4][:130])
 NEW_TOKENS = 20

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from testing.scheduler.engines import Engines, References
 from testing.scheduler.prompts import TEXTS
 from testing.scheduler.runner import Request, Squeeze, difference
-from tests.scheduler.conftest import Engines, References
 
 # They grow while they decode, over the ends of pages of every cache.
 PROMPTS = (TEXTS[0][:230], TEXTS[2][:20], TEXTS[2][:40], TEXTS[4][:60])

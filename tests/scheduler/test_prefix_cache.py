@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 
 from testing.mutate import mutated
+from testing.scheduler.engines import Engines, References
 from testing.scheduler.exact import reference_ops
 from testing.scheduler.mistakes import FORGET_STATES
 from testing.scheduler.prompts import TEXTS, random_ids
 from testing.scheduler.runner import Request, Result, Run, difference
-from tests.scheduler.conftest import Engines, References
 
 NEW_TOKENS = 20
 # Hits fall on multiples of the largest page. By default vLLM keeps windows and states only at the last of them in a

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from testing.scheduler.engines import Engines, References
 from testing.scheduler.prompts import TEXT_LENGTH, TEXTS
 from testing.scheduler.runner import Request, Squeeze, difference
-from tests.scheduler.conftest import Engines, References
 
 # So that a request may start before all of its prompt has room, and is preempted when none comes free.
 OPTIONS = {

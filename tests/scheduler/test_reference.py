@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from testing import oracle
+from testing.scheduler.engines import References
 from testing.scheduler.prompts import MIN_MARGIN, TEXTS
 from testing.scheduler.runner import TOLERANCE, Result, difference
-from tests.scheduler.conftest import References
 
 NEW_TOKENS = 40
 

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from testing.asking import CACHED_STEP, Question, all_blocks_free, ask, client_of
+from testing.client import CACHED_STEP, Question, all_blocks_free, ask, client_of
 from testing.server import Server
 from testing.tiny import TOY
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testing.serving.real import answer, call, result, system, tool, user
+from testing.serving.messages import answer, call, result, system, tool, user
 from vllm_deepseek_v4flash.serving.encoding import encode_chat
 from vllm_deepseek_v4flash.serving.modes import MODES, NON_THINK, Generation
 

@@ -12,18 +12,8 @@ import json
 import pytest
 
 from testing import engine, tiny
-from testing.serving.real import (
-    answer,
-    call,
-    ids_of,
-    reference,
-    result,
-    system,
-    tool,
-    user,
-    write_encoder,
-    write_tokenizer,
-)
+from testing.serving.messages import answer, call, result, system, tool, user
+from testing.serving.tokenizer import ids_of, reference, write_encoder, write_tokenizer
 from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, Generation
 
 JULY = Generation.JULY

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from testing.asking import MAX_MODEL_LEN, REQUEST_TIMEOUT, Question
+from testing.client import MAX_MODEL_LEN, REQUEST_TIMEOUT, Question
 from testing.server import Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

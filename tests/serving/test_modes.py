@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from testing.serving.real import ENCODERS, write_encoder
+from testing.serving.tokenizer import ENCODERS, write_encoder
 from vllm_deepseek_v4flash.integration import serving as registration
 from vllm_deepseek_v4flash.serving.generation import ENCODER, detect_generation
 from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, NON_THINK, Generation, select_mode

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testing.serving.real import answer, call, ids_of, tool, user
-from testing.serving.replay import Reply, make_parser, make_request, ours, stock, streamed, tokenizer, whole
+from testing.serving.messages import answer, call, tool, user
+from testing.serving.parsing import Reply, make_parser, make_request, ours, stock, streamed, tokenizer, whole
+from testing.serving.tokenizer import ids_of
 from vllm_deepseek_v4flash.serving.parsers import read_parameters
 
 STEPS = (1, 2, 3, 7, 10**6)

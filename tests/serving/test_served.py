@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from testing.server import Server
-from testing.serving.real import answer, call, result, system, tool, user
+from testing.serving.messages import answer, call, result, system, tool, user
 from testing.tiny import TOY
 from vllm_deepseek_v4flash.serving.tokenizer import OWN_TEMPLATE
 

@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 
-from testing.serving.real import answer, call, ids_of, result, system, tool, user, write_encoder, write_tokenizer
+from testing.serving.messages import answer, call, result, system, tool, user
+from testing.serving.tokenizer import ids_of, write_encoder, write_tokenizer
 from testing.tiny import CONFIGS
 from vllm_deepseek_v4flash.serving.encoding import encode_chat
 from vllm_deepseek_v4flash.serving.modes import EFFORTS, MODES, Generation

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from testing import engine, tiny
-from testing.served import TOLERANCE
+from testing.parity import TOLERANCE
 from testing.v2_on_cpu.cuda_graphs import CpuGraph, capture
 from vllm_deepseek_v4flash.ops import dispatch
 

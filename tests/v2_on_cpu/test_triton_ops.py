@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from testing import engine, tiny
-from testing.fixtures import DATA
-from testing.served import TOLERANCE
+from testing.fixtures import unpacked
+from testing.parity import TOLERANCE
 from vllm_deepseek_v4flash.ops import dispatch
 
 TRITON = Path(dispatch.__file__).parent / "triton"
@@ -92,8 +92,8 @@ def test_experts_are_computed_by_kernels(tmp_path: Path, weights: str) -> None:
         spec = tiny.CONFIGS["topk"]
         path, tokens = tiny.write_checkpoint(tmp_path / "model", spec), tiny.prompt_tokens(spec)
     else:
-        path = DATA / PACKED
-        tokens = load_file(DATA / f"{PACKED}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()
+        path = unpacked() / PACKED
+        tokens = load_file(unpacked() / f"{PACKED}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()
     with ops("reference"):
         ((expected_tokens, expected_table),) = serve(path, [tokens[:12]])
     with ops("triton") as used:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from testing.numeric import assert_exact, normal
-from testing.paging import make_cache
+from testing.ops.numeric import assert_exact, normal
+from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops.cpu import arithmetic, compiling, memory, paged, threads
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
 from vllm_deepseek_v4flash.ops.indexer_topk import indexer_topk

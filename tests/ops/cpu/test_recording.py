@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from testing.numeric import assert_exact, normal
+from testing.ops.numeric import assert_exact, normal
 from vllm_deepseek_v4flash.ops.cpu.recording import Recording
 from vllm_deepseek_v4flash.ops.cpu.rms_norm import rms_norm
 

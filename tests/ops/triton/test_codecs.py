@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from testing import codecs
+from testing.ops import codecs
 from vllm_deepseek_v4flash.ops.triton.codecs import (
     decode_e2m1,
     decode_e4m3,

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from testing.numeric import normal
+from testing.ops.numeric import normal
 from vllm_deepseek_v4flash.ops.hadamard import hadamard as op
 from vllm_deepseek_v4flash.ops.triton.hadamard import hadamard
 

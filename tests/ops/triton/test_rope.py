@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from testing.numeric import U32, assert_within, f64, normal
+from testing.ops.numeric import U32, assert_within, f64, normal
 from vllm_deepseek_v4flash.ops.apply_rope import apply_rope
 from vllm_deepseek_v4flash.ops.triton.rope import load_rotary, rotate
 

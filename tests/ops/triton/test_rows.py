@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from testing import codecs
-from testing.numeric import assert_exact, f64, integers, normal
-from testing.paging import make_cache
+from testing.ops import codecs
+from testing.ops.numeric import assert_exact, f64, integers, normal
+from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 from vllm_deepseek_v4flash.ops.triton.rows import (
     check_alignment,

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from testing.serving.real import ids_of, reference, write_tokenizer
+from testing.serving.tokenizer import ids_of, reference, write_tokenizer
 
 EOS_ID = 1
 
