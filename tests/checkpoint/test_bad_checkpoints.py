@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from testing.engine import make_llm
-from testing.fixtures import DATA
+from testing.fixtures import unpacked
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
 
 SHARD = "model.safetensors"
@@ -114,7 +114,7 @@ VALUE_CASES = {
 @contextlib.contextmanager
 def broken(case: Case, directory: Path) -> Iterator[Path]:
     path = directory / "checkpoint"
-    shutil.copytree(DATA / case.fixture, path)
+    shutil.copytree(unpacked() / case.fixture, path)
     case.break_it(path)
     yield path
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from testing import oracle, tiny
 from testing.engine import decode, full_logprobs, running
-from testing.fixtures import DATA, WHOLE, headers
+from testing.fixtures import WHOLE, headers, unpacked
 from testing.format_cases import FP8_CONFIG
 from testing.native_checkpoints import quantise, write_native
 from vllm_deepseek_v4flash.checkpoint.formats import format_of
@@ -46,10 +46,10 @@ def shared_experts_ride(model: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_logprobs_are_those_of_the_tools_dequantised_weights(name: str) -> None:
-    reference = load_file(DATA / f"{name}.ref" / "logits.safetensors")
+    reference = load_file(unpacked() / f"{name}.ref" / "logits.safetensors")
     tokens = reference["input_ids"].flatten().tolist()
     expected = reference["logits"].float().reshape(len(tokens), -1).log_softmax(-1)
-    with running(DATA / name) as llm:
+    with running(unpacked() / name) as llm:
         served = full_logprobs(llm, [tokens])[0]
         share = llm.apply_model(resident_share)[0]
         # These tools pack the shared expert as they pack the others.
@@ -107,19 +107,19 @@ TWO_RANKS, NEW_TOKENS = "llmc_rtn_g32_asym", 4
 
 @pytest.fixture(scope="module")
 def prompt() -> list[int]:
-    return load_file(DATA / f"{TWO_RANKS}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()[:60]
+    return load_file(unpacked() / f"{TWO_RANKS}.ref" / "logits.safetensors")["input_ids"].flatten().tolist()[:60]
 
 
 @pytest.fixture(scope="module")
 def one_rank(prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    with running(DATA / TWO_RANKS) as llm:
+    with running(unpacked() / TWO_RANKS) as llm:
         return decode(llm, [prompt], NEW_TOKENS)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["tp2", "ep2"])
 def test_two_ranks_give_the_same_tokens(options: dict[str, Any], prompt: list[int], one_rank: Any) -> None:
     alone, expected = one_rank
-    with running(DATA / TWO_RANKS, multiprocessing=True, tensor_parallel_size=2, **options) as llm:
+    with running(unpacked() / TWO_RANKS, multiprocessing=True, tensor_parallel_size=2, **options) as llm:
         ((tokens, logprobs),) = decode(llm, [prompt], NEW_TOKENS)
     assert tokens == alone
     assert (logprobs - expected).abs().max() <= TOLERANCE

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from testing.fixtures import unpacked
 from testing.flash_headers import (
     FLASH,
     GPTQ_QUANTIZATION,
@@ -35,7 +36,6 @@ GIB = 1 << 30
 # Flash with fewer layers and experts: one of each kind, and all of its sizes.
 SMALL = {**FLASH, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1,
          "n_routed_experts": 8}  # fmt: skip
-DATA = Path(__file__).resolve().parents[2] / "testing" / "data"
 W1 = "layers.1.ffn.experts.3.w1"
 
 
@@ -136,7 +136,7 @@ def test_unquantised_with_experts_apart_or_fused(tmp_path: Path, fused: bool) ->
 
 @pytest.mark.parametrize("name", ["ar_sym", "ar_awq_asym", "gm_gptq_desc_act", "llmc_rtn_g32_asym"])
 def test_what_the_tools_wrote(name: str) -> None:
-    report = inspect_checkpoint(DATA / name)
+    report = inspect_checkpoint(unpacked() / name)
     assert report.problems == ()
     assert sum(row.nbytes for row in report.rows) == report.nbytes
     assert any(row.scheme.kind == "int4" for row in report.rows)
