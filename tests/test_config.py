@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -100,95 +101,100 @@ def test_rates_of_a_resaved_config() -> None:
     assert DeepseekV4Config.from_dict(config).compress_ratios == (0, 8, 64, 8)
 
 
-def test_flat_keys_that_a_tool_leaves_beside_the_nested_ones() -> None:
+def test_flat_keys_that_a_tool_leaves_next_to_the_nested_ones() -> None:
     config = resaved({**BASE, "rope_scaling": YARN})
     config["rope_parameters"] |= {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}
     assert DeepseekV4Config.from_dict(config) == DeepseekV4Config.from_dict({**BASE, "rope_scaling": YARN})
 
 
+# What and its value, why, what to do.
+TEMPLATE = re.compile(r"[^=]+=.+: .+\. [A-Z].+\.")
+
 IMPOSSIBLE: list[tuple[str, Any, str]] = [
-    ("model_type", "llama", r"model_type is 'llama'; allowed: 'deepseek_v4'"),
-    ("model_type", "deepseek_v41", r"model_type is 'deepseek_v41'.*stays with vLLM's own class"),
-    ("model_type", None, r"model_type is None"),
-    ("vision_n_layers", 24, r"vision_n_layers is 24.*vision variant stays"),
-    ("compress_ratios", [0, 4, 5, 4], r"compress_ratios\[2\] is 5; allowed: 0 or 1 \(window\), 4"),
-    ("compress_ratios", [0, 4, 128], r"compress_ratios is \[0, 4, 128\]; allowed: at least .* = 4"),
-    ("compress_ratios", [0, 4, True, 4], r"compress_ratios\[2\] is True"),
-    ("compress_ratios", 4, r"compress_ratios is 4; allowed: a list"),
-    ("compress_ratios", None, r"compress_ratios is None; .*layer_types"),
-    ("num_hidden_layers", None, r"num_hidden_layers is None.*missing"),
-    ("num_hidden_layers", 0, r"num_hidden_layers is 0; allowed: an integer >= 1"),
-    ("hidden_size", "128", r"hidden_size is '128'"),
-    ("vocab_size", 1.5, r"vocab_size is 1.5"),
-    ("qk_rope_head_dim", 64, r"qk_rope_head_dim is 64; allowed: less than head_dim = 64"),
-    ("qk_rope_head_dim", 31, r"qk_rope_head_dim is 31; allowed: an even number"),
-    ("index_head_dim", 16, r"index_head_dim is 16; allowed: at least qk_rope_head_dim = 32"),
-    ("partial_rotary_factor", 0.25, r"partial_rotary_factor is 0.25; allowed: .* 32 / 64"),
-    ("o_groups", 3, r"o_groups is 3; allowed: a divisor of num_attention_heads = 4"),
-    ("num_experts_per_tok", 9, r"num_experts_per_tok is 9; allowed: at most n_routed_experts = 8"),
-    ("num_hash_layers", 5, r"num_hash_layers is 5; allowed: at most num_hidden_layers = 4"),
-    ("num_hash_layers", -1, r"num_hash_layers is -1"),
-    ("n_shared_experts", 2, r"n_shared_experts is 2; allowed: 1"),
-    ("num_key_value_heads", 2, r"num_key_value_heads is 2; allowed: 1"),
-    ("scoring_func", "sigmoid", r"scoring_func is 'sigmoid'; allowed: 'sqrtsoftplus'"),
-    ("topk_method", "greedy", r"topk_method is 'greedy'; allowed: 'noaux_tc'"),
-    ("hidden_act", "gelu", r"hidden_act is 'gelu'; allowed: 'silu'"),
-    ("norm_topk_prob", False, r"norm_topk_prob is False; allowed: True"),
-    ("tie_word_embeddings", True, r"tie_word_embeddings is True; allowed: False"),
-    ("attention_bias", True, r"attention_bias is True; allowed: False"),
-    ("mlp_bias", True, r"mlp_bias is True; allowed: False"),
-    ("swiglu_limit", 0, r"swiglu_limit is 0; allowed: a finite number > 0"),
-    ("rms_norm_eps", float("nan"), r"rms_norm_eps is nan"),
-    ("rope_theta", -1, r"rope_theta is -1"),
-    ("index_topk", 0, r"index_topk is 0"),
-    ("expert_dtype", 4, r"expert_dtype is 4; allowed: a string or null"),
-    ("eos_token_id", [1, -2], r"eos_token_id is -2"),
-    ("rope_scaling", {**YARN, "type": "linear"}, r"rope_scaling.type is 'linear'; allowed: 'yarn'"),
-    ("rope_scaling", {"factor": 16}, r"rope_scaling.type is None; allowed: 'yarn'"),
-    ("rope_scaling", {**YARN, "factor": None}, r"rope_scaling.factor is None"),
-    ("rope_scaling", {**YARN, "factor": 0.5}, r"rope_scaling.factor is 0.5"),
-    ("rope_scaling", {**YARN, "attention_factor": 1.277}, r"attention_factor is 1.277; .*no YaRN mscale"),
-    ("rope_scaling", {**YARN, "truncate": False}, r"truncate is False"),
-    ("rope_scaling", {**YARN, "beta_fast": 1}, r"beta_fast is 1.0; allowed: more than beta_slow = 1.0"),
+    ("model_type", "llama", r"^model_type='llama': must be 'deepseek_v4'. Correct it in the model's config.json.$"),
+    ("model_type", "deepseek_v41", r"^model_type='deepseek_v41': must .*another architecture. Use vLLM's own class"),
+    ("model_type", None, r"model_type=None: must"),
+    ("vision_n_layers", 24, r"vision_n_layers=24: must be 0; the vision variant is .*Use vLLM's own class"),
+    ("compress_ratios", [0, 4, 5, 4], r"compress_ratios\[2\]=5: must be 0 or 1 \(window\), 4"),
+    ("compress_ratios", [0, 4, 128], r"compress_ratios=\[0, 4, 128\]: must have at least num_hidden_layers=4"),
+    ("compress_ratios", [0, 4, True, 4], r"compress_ratios\[2\]=True: must"),
+    ("compress_ratios", 4, r"compress_ratios=4: must be a list"),
+    ("compress_ratios", None, r"compress_ratios=None: must .*layer_types"),
+    ("num_hidden_layers", None, r"num_hidden_layers=None: must .*missing"),
+    ("num_hidden_layers", 0, r"num_hidden_layers=0: must be an integer >= 1"),
+    ("hidden_size", "128", r"hidden_size='128': must"),
+    ("vocab_size", 1.5, r"vocab_size=1.5: must"),
+    ("qk_rope_head_dim", 64, r"qk_rope_head_dim=64: must be less than head_dim=64"),
+    ("qk_rope_head_dim", 31, r"qk_rope_head_dim=31: must be even"),
+    ("index_head_dim", 16, r"index_head_dim=16: must be at least qk_rope_head_dim=32"),
+    ("partial_rotary_factor", 0.25, r"partial_rotary_factor=0.25: must be .* 32 / 64"),
+    ("o_groups", 3, r"o_groups=3: must divide num_attention_heads=4"),
+    ("num_experts_per_tok", 9, r"num_experts_per_tok=9: must be at most n_routed_experts=8"),
+    ("num_hash_layers", 5, r"num_hash_layers=5: must be at most num_hidden_layers=4"),
+    ("num_hash_layers", -1, r"num_hash_layers=-1: must"),
+    ("n_shared_experts", 2, r"n_shared_experts=2: must be 1"),
+    ("num_key_value_heads", 2, r"num_key_value_heads=2: must be 1"),
+    ("scoring_func", "sigmoid", r"scoring_func='sigmoid': must be 'sqrtsoftplus'"),
+    ("topk_method", "greedy", r"topk_method='greedy': must be 'noaux_tc'"),
+    ("hidden_act", "gelu", r"hidden_act='gelu': must be 'silu'"),
+    ("norm_topk_prob", False, r"norm_topk_prob=False: must be True"),
+    ("tie_word_embeddings", True, r"tie_word_embeddings=True: must be False"),
+    ("attention_bias", True, r"attention_bias=True: must be False"),
+    ("mlp_bias", True, r"mlp_bias=True: must be False"),
+    ("swiglu_limit", 0, r"swiglu_limit=0: must be a finite number > 0"),
+    ("rms_norm_eps", float("nan"), r"rms_norm_eps=nan: must"),
+    ("rope_theta", -1, r"rope_theta=-1: must"),
+    ("index_topk", 0, r"index_topk=0: must"),
+    ("expert_dtype", 4, r"expert_dtype=4: must be a string or null"),
+    ("eos_token_id", [1, -2], r"eos_token_id=-2: must"),
+    ("rope_scaling", {**YARN, "type": "linear"}, r"rope_scaling.type='linear': must be 'yarn'"),
+    ("rope_scaling", {"factor": 16}, r"rope_scaling.type=None: must be 'yarn'"),
+    ("rope_scaling", {**YARN, "factor": None}, r"rope_scaling.factor=None: must"),
+    ("rope_scaling", {**YARN, "factor": 0.5}, r"rope_scaling.factor=0.5: must"),
+    ("rope_scaling", {**YARN, "attention_factor": 1.277}, r"attention_factor=1.277: must be 1.0; .*no YaRN mscale"),
+    ("rope_scaling", {**YARN, "truncate": False}, r"truncate=False: must"),
+    ("rope_scaling", {**YARN, "beta_fast": 1}, r"beta_fast=1.0: must be more than beta_slow=1.0"),
     (
         "rope_scaling",
         {**YARN, "original_max_position_embeddings": None},
-        r"rope_scaling.original_max_position_embeddings is None",
+        r"rope_scaling.original_max_position_embeddings=None: must",
     ),
-    ("rope_scaling", "yarn", r"rope_parameters is 'yarn'; allowed: a mapping or null"),
-    ("layer_types", ["sliding_attention"] * 4, r"layer_types is .*the same schedule as compress_ratios"),
+    ("rope_scaling", "yarn", r"rope_parameters='yarn': must be a mapping or null"),
+    ("layer_types", ["sliding_attention"] * 4, r"layer_types=.*: must be the same schedule as compress_ratios"),
 ]
 
 
 @pytest.mark.parametrize(("field", "value", "message"), IMPOSSIBLE)
 def test_impossible_native_value(field: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         DeepseekV4Config.from_dict({**BASE, field: value})
+    assert TEMPLATE.fullmatch(str(refusal.value))
 
 
 IMPOSSIBLE_RESAVED: list[tuple[str, Any, str]] = [
-    ("layer_types", ["full_attention"] * 4, r"layer_types\[0\] is 'full_attention'; .*sliding_attention"),
-    ("layer_types", ["sliding_attention"], r"layer_types is .*exactly num_hidden_layers = 4"),
+    ("layer_types", ["full_attention"] * 4, r"layer_types\[0\]='full_attention': must .*sliding_attention"),
+    ("layer_types", ["sliding_attention"], r"layer_types=.*: must have exactly num_hidden_layers=4"),
     (
         "compress_rates",
         {"compressed_sparse_attention": 6},
-        r"layer 1 \(csa\) is 6; allowed: a divisor of 256",
+        r"layer 1 \(csa\)=6: must be above 1 and divide 256",
     ),
-    ("compress_rates", {"heavily_compressed_attention": 1}, r"heavily_compressed_attention'\] is 1"),
-    ("compress_rates", 4, r"compress_rates is 4; allowed: a mapping"),
-    ("mlp_layer_types", ["moe", "hash_moe", "moe", "moe"], r"mlp_layer_types .*'hash_moe' for the first"),
-    ("mlp_layer_types", ["moe"], r"mlp_layer_types .*exactly num_hidden_layers = 4"),
-    ("num_hash_layers", 2, r"num_hash_layers is 2; allowed: 1, as mlp_layer_types"),
-    ("rope_parameters", {"main": {}}, r"rope_parameters .*both 'main' and 'compress'"),
-    ("rope_parameters", {"main": YARN, "compress": {}}, r"'main'\].rope_type is 'yarn'; allowed: 'default'"),
-    ("rope_parameters", {"main": {}, "compress": {"type": "llama3"}}, r"'compress'\].type is 'llama3'"),
+    ("compress_rates", {"heavily_compressed_attention": 1}, r"heavily_compressed_attention'\]=1: must"),
+    ("compress_rates", 4, r"compress_rates=4: must be a mapping"),
+    ("mlp_layer_types", ["moe", "hash_moe", "moe", "moe"], r"mlp_layer_types=.*: must be 'hash_moe' for the first"),
+    ("mlp_layer_types", ["moe"], r"mlp_layer_types=.*: must have exactly num_hidden_layers=4"),
+    ("num_hash_layers", 2, r"num_hash_layers=2: must be 1, .*mlp_layer_types"),
+    ("rope_parameters", {"main": {}}, r"rope_parameters=.*: must have both 'main' and 'compress'"),
+    ("rope_parameters", {"main": YARN, "compress": {}}, r"'main'\].rope_type='yarn': must be 'default'"),
+    ("rope_parameters", {"main": {}, "compress": {"type": "llama3"}}, r"'compress'\].type='llama3': must"),
 ]
 
 
 @pytest.mark.parametrize(("field", "value", "message"), IMPOSSIBLE_RESAVED)
 def test_impossible_resaved_value(field: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         DeepseekV4Config.from_dict({**resaved(BASE), field: value})
+    assert TEMPLATE.fullmatch(str(refusal.value))
 
 
 def test_json_file_or_directory(tmp_path: Any) -> None:
@@ -197,14 +203,14 @@ def test_json_file_or_directory(tmp_path: Any) -> None:
     assert DeepseekV4Config.from_json_file(tmp_path) == expected
     assert DeepseekV4Config.from_json_file(tmp_path / "config.json") == expected
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, found list"):
+    with pytest.raises(ValueError, match="must be a JSON object, found list"):
         DeepseekV4Config.from_json_file(tmp_path)
 
 
 def test_replace_checks_again() -> None:
     config = DeepseekV4Config.from_dict(BASE)
     assert config.replace(sliding_window=7).sliding_window == 7
-    with pytest.raises(ValueError, match="o_groups is 3"):
+    with pytest.raises(ValueError, match="o_groups=3: must"):
         config.replace(o_groups=3)
 
 
