@@ -44,6 +44,7 @@ def load_weights(
     last_stage: bool = True,
     local_experts: Collection[int] | None = None,
     packed: Mapping[str, PackedModule] | None = None,
+    merged: Mapping[str, tuple[str, int]] | None = None,
 ) -> set[str]:
     """Load a checkpoint, whichever way its tensors are named and packed.
 
@@ -62,6 +63,8 @@ def load_weights(
         packed: the quantised weights by native module name (`checkpoint/plan.py`). As soon as all leaves of one have
             come they are repacked on the model's device, and each canonical tensor goes to the parameter
             `<module>.<its name>`, or for experts to `w13_<its name>` and `w2_<its name>`.
+        merged: where a native module's tensors are rows of a merged layer's: the layer's name in the model and the
+            module's place in it. The `weight_loader(parameter, tensor, place)` of its parameters puts them there.
 
     Returns:
         The names of the parameters that were filled.
@@ -70,7 +73,7 @@ def load_weights(
         CheckpointError: after the last tensor, listing each unexpected, duplicate, mis-shaped, mis-typed or
             missing tensor with the shape it has and the shape it should have.
     """
-    load = _Load(model, config, local_layers, first_stage, last_stage, local_experts, packed or {})
+    load = _Load(model, config, local_layers, first_stage, last_stage, local_experts, packed or {}, merged or {})
     for stored, tensor in weights:
         load.take(stored, tensor)
     load.finish()
@@ -93,6 +96,7 @@ class _Load:
     last_stage: bool
     local_experts: Collection[int] | None
     packed: Mapping[str, PackedModule]
+    merged: Mapping[str, tuple[str, int]]
     pending: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
     seen: dict[str, str] = field(default_factory=dict)
@@ -220,7 +224,9 @@ class _Load:
 
     def _fill(self, native: str, tensor: torch.Tensor) -> None:
         """Hand one tensor to the parameter that takes it, or takes a share of it."""
-        target, expert, shard = _target(native)
+        module, _, leaf = native.rpartition(".")
+        layer, place = self.merged.get(module, (None, None))
+        target, expert, shard = _target(native) if layer is None else (f"{layer}.{leaf}", None, None)
         if ".shared_experts." in native and target not in self.parameters:
             routed = native.replace(".shared_experts.", f".experts.{self.config.n_routed_experts}.")
             target, expert, shard = _target(routed)
@@ -233,6 +239,10 @@ class _Load:
             if loader is None:
                 raise TypeError(f"{target} has no weight_loader to place expert {expert}'s {shard} with")
             loader(parameter, tensor, shard_id=shard, expert_id=expert)
+        elif place is not None:
+            if loader is None:
+                raise TypeError(f"{target} has no weight_loader to place the rows of {module} with")
+            loader(parameter, tensor, place)
         elif loader is not None:
             loader(parameter, tensor)
         elif parameter.shape != tensor.shape:
