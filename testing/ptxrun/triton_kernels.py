@@ -1,0 +1,136 @@
+"""Triton kernels on the executor: whatever an op launches is compiled for a GPU and runs on CPU tensors.
+
+    with executed(arch=80) as runs:
+        out = vllm_deepseek_v4flash.ops.triton.rms_norm.rms_norm(x, weight, 1e-6)
+
+Triton must not interpret: TRITON_INTERPRET must be unset when the kernels are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
+
+from .executable import Executable, Memory, Result, Schedule
+from .parse import parse
+
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launch: what ran, and what it did."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    result: Result
+    shared: int
+    """Bytes of dynamic shared memory per block."""
+    ptx: str
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    executable: Executable
+    ptx: str
+    shared: int
+
+
+class Compiler:
+    """Compiles launches as Triton does at run time, each specialisation once."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.target = GPUTarget("cuda", arch, 32)
+        self.backend = make_backend(self.target)
+        self.compiled: dict[tuple[str, str], _Compiled] = {}
+        self.binder = functools.cache(lambda k: create_function_from_signature(k.signature, k.params, self.backend))
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[_Compiled, list[Any]]:
+        """The kernel, and those of its arguments that are not compiled in, tuples flattened."""
+        bound, specialization, rest = self.binder(kernel)(*args, **options)
+        chosen, signature, constants, attributes = kernel._pack_args(
+            self.backend, options, bound, specialization, rest
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        key = (source.hash(), chosen.hash())
+        if key not in self.compiled:
+            made = triton.compile(source, target=self.target, options=vars(chosen))
+            if getattr(made.metadata, "global_scratch_size", 0):
+                raise NotImplementedError(f"{kernel.fn.__name__} needs global scratch memory")
+            ptx = made.asm["ptx"]
+            (entry,) = parse(ptx).values()
+            executable = Executable(entry, (32 * made.metadata.num_warps, 1, 1))
+            self.compiled[key] = _Compiled(executable, ptx, made.metadata.shared)
+        given = [value for name in signature for value in _runtime_values(bound[name], signature[name])]
+        return self.compiled[key], given
+
+
+def _runtime_values(value: Any, type_: Any) -> list[Any]:
+    """The value as the kernel takes it at run time: nothing where it is compiled in, its items where it is a tuple."""
+    if isinstance(type_, tuple):
+        return [item for pair in zip(value, type_, strict=True) for item in _runtime_values(*pair)]
+    return [] if type_ == "constexpr" else [value]
+
+
+def pack(executable: Executable, values: list[Any]) -> bytes:
+    """The arguments as the kernel's parameters are laid out; those that Triton adds at the end are null."""
+    kernel = executable.program.kernel
+    if len(values) > len(kernel.parameters):
+        raise ValueError(f"{len(values)} arguments for {len(kernel.parameters)} parameters of {kernel.name}")
+    data = bytearray()
+    offsets = kernel.parameter_offsets().values()
+    for number, (parameter, offset) in enumerate(zip(kernel.parameters, offsets, strict=True)):
+        value = values[number] if number < len(values) else 0
+        if value is None:
+            value = 0
+        data += b"\0" * (offset - len(data))
+        if isinstance(value, torch.Tensor):
+            value = value.data_ptr()
+        if isinstance(value, float):
+            data += struct.pack("<f" if parameter.size == 4 else "<d", value)
+        else:
+            data += (int(value) & ((1 << 8 * parameter.size) - 1)).to_bytes(parameter.size, "little")
+    return bytes(data)
+
+
+def span(tensor: torch.Tensor, name: str = "") -> Memory:
+    """A tensor's bytes, from its first to its last element."""
+    if tensor.numel() == 0:
+        return Memory(tensor.data_ptr(), 0, name)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return Memory(tensor.data_ptr(), (last + 1) * tensor.element_size(), name)
+
+
+@contextlib.contextmanager
+def executed(
+    arch: int, *, compiler: Compiler | None = None, schedule: Schedule | None = None
+) -> Iterator[list[Run]]:
+    """Run every launch of a Triton kernel on the executor, as if on a GPU of `arch`; yields what ran so far."""
+    used = Compiler(arch) if compiler is None else compiler
+    runs: list[Run] = []
+
+    def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not all(grid):
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled, given = used.compile(kernel, args, options)
+        memory = [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
+        parameters = pack(compiled.executable, given)
+        result = compiled.executable.launch((x, y, z), parameters, compiled.shared, memory, schedule)
+        runs.append(Run(kernel.fn.__name__, (x, y, z), result, compiled.shared, compiled.ptx))
+
+    with recorded(Device(MULTIPROCESSORS[arch], native_fp8=arch >= 89), run):
+        yield runs
