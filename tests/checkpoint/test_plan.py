@@ -12,8 +12,8 @@ import torch
 from testing import format_cases as cases
 from testing import tiny
 from testing.fake_model import FakeModel
+from vllm_deepseek_v4flash.checkpoint.dtypes import header_of
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
-from vllm_deepseek_v4flash.checkpoint.formats.common import header_of
 from vllm_deepseek_v4flash.checkpoint.loader import load_weights
 from vllm_deepseek_v4flash.checkpoint.plan import PackedModule, plan_weights
 from vllm_deepseek_v4flash.integration.quantization import DeepseekV4QuantConfig
@@ -67,7 +67,7 @@ def test_weights_are_repacked_one_by_one_on_the_models_device(monkeypatch: pytes
     with torch.device("meta"):
         model = FakeModel(CONFIG)
         for leaf, (shape, _) in shapes.items():
-            model._add(f"model.{module}.{leaf}", shape)
+            model.add(f"model.{module}.{leaf}", shape)
     load_weights(model, CONFIG, tensors.items(), packed=plan)
     assert seen == [dict.fromkeys(case.leaves, "meta")]
 
@@ -135,7 +135,7 @@ def test_a_packed_router_keeps_its_bias_and_table(layer: int) -> None:
     other = "tid2eid" if layer == 0 else "bias"
     model = FakeModel(CONFIG)
     for leaf, (shape, dtype) in canonical_shapes(plan[gate].scheme, *plan[gate].scheme.shape).items():
-        model._add(f"model.{gate}.{leaf}", shape).data = torch.zeros(shape, dtype=dtype)
+        model.add(f"model.{gate}.{leaf}", shape).data = torch.zeros(shape, dtype=dtype)
     load_weights(model, CONFIG, tensors.items(), packed=plan)
     loaded = {leaf: model.get_parameter(f"model.{gate}.{leaf}") for leaf in ("qweight", "scales", other)}
     assert torch.equal(loaded[other], tensors[f"{gate}.{other}"].to(loaded[other].dtype))

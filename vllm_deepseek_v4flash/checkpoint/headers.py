@@ -23,6 +23,9 @@ DTYPE_BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
+# Codes of the types that weights and scales are computed in.
+FLOAT_CODES = ("BF16", "F16", "F32")
+
 # safetensors' own limit; a file that is no safetensors file shows an absurd length here.
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
@@ -31,23 +34,28 @@ _MAX_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor as its file declares it."""
+class TensorHeader:
+    """What a safetensors header says of one tensor.
 
-    name: str
+    Attributes:
+        dtype: safetensors' code: "BF16", "F8_E4M3", "I32", ...
+        name: The stored name.
+        file: The file that declares it; empty if only the tensor itself was seen.
+        offsets: First byte and the one after the last, counted from the start of `file`.
+    """
+
     dtype: str
-    """safetensors' code: "BF16", "F8_E4M3", "I32", ..."""
     shape: tuple[int, ...]
-    file: Path
-    offsets: tuple[int, int]
-    """First byte and the one after the last, counted from the start of the file."""
+    name: str = ""
+    file: Path = Path()
+    offsets: tuple[int, int] = (0, 0)
 
     @property
     def nbytes(self) -> int:
-        return self.offsets[1] - self.offsets[0]
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def read_headers(directory: str | Path) -> dict[str, StoredTensor]:
+def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
     """All tensors in the shards that `model.safetensors.index.json` lists, or in every *.safetensors without one.
 
     Raises:
@@ -68,7 +76,7 @@ def read_headers(directory: str | Path) -> dict[str, StoredTensor]:
             f"{directory}: {len(missing)} of the {len(files)} shards that {INDEX} lists are missing: "
             f"{_some(missing)}. Download them into this directory."
         )
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, TensorHeader] = {}
     for file in files:
         for tensor in read_file_header(directory / file):
             other = tensors.setdefault(tensor.name, tensor)
@@ -81,7 +89,7 @@ def read_headers(directory: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_file_header(file: Path) -> list[StoredTensor]:
+def read_file_header(file: Path) -> list[TensorHeader]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises:
@@ -147,7 +155,7 @@ def _list_files(directory: Path) -> list[str]:
     raise CheckpointError(f"{directory} has no *.safetensors file: download the checkpoint's shards into it")
 
 
-def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         bits = DTYPE_BITS.get(dtype)
@@ -158,10 +166,10 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         raise CheckpointError(f"{file}: tensor {name} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
     if not numbers_are_sane or (end - begin) * 8 != math.prod(shape) * bits:
         raise _broken(file, f"tensor {name}, {dtype} {list(shape)}, is said to lie in bytes {begin!r} to {end!r}")
-    return StoredTensor(name, dtype, shape, file, (start + begin, start + end))
+    return TensorHeader(dtype, shape, name, file, (start + begin, start + end))
 
 
-def _check_extent(file: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+def _check_extent(file: Path, tensors: list[TensorHeader], start: int, size: int) -> None:
     """The tensors, sorted, must fill the file from `start` to `size`, byte for byte."""
     position = start
     for tensor in tensors:
@@ -176,7 +184,7 @@ def _check_extent(file: Path, tensors: list[StoredTensor], start: int, size: int
         raise _broken(file, f"it has {size} bytes, but its tensors end at {position}")
 
 
-def _check_index(directory: Path, index: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def _check_index(directory: Path, index: dict[str, str], tensors: dict[str, TensorHeader]) -> None:
     for name, file in index.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.file.name != file:

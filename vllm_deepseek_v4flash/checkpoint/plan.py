@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..config import DeepseekV4Config
-from ..ops.packed_weight import QuantizationError, Scheme, TensorHeader
+from ..ops.packed_weight import QuantizationError, Scheme
 from . import names
 from .formats import Format, format_of
+from .headers import TensorHeader
 
 # vLLM's vocabulary layers hold plain weights only, so these are unpacked at load.
 HELD_UNPACKED = ("embed", "head")

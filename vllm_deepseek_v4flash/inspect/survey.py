@@ -14,10 +14,10 @@ from typing import Any
 from ..checkpoint import names
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.formats import format_of
-from ..checkpoint.headers import DTYPE_BITS, StoredTensor, read_headers
+from ..checkpoint.headers import DTYPE_BITS, FLOAT_CODES, TensorHeader, read_headers
 from ..checkpoint.plan import HELD_UNPACKED
 from ..config import DeepseekV4Config
-from ..ops.packed_weight import FLOAT_CODES, QuantizationError, Scheme, TensorHeader
+from ..ops.packed_weight import QuantizationError, Scheme
 from .capacity import ResidentTensor
 
 _FLOATS = (*FLOAT_CODES, "F64")
@@ -131,16 +131,16 @@ class _Survey:
         self.config, self.value_bytes = config, value_bytes
         self.expected = names.expected_tensors(config)
         self.problems: list[Problem] = []
-        self.leaves: defaultdict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        self.leaves: defaultdict[str, dict[str, TensorHeader]] = defaultdict(dict)
         self.schemes: dict[str, Scheme] = {}
-        self.bare: dict[str, StoredTensor] = {}
-        self.fused: dict[str, StoredTensor] = {}
+        self.bare: dict[str, TensorHeader] = {}
+        self.fused: dict[str, TensorHeader] = {}
         self.covered: set[str] = set()
 
     def problem(self, kind: str, name: str, text: str) -> None:
         self.problems.append(Problem(kind, name, text))
 
-    def take(self, tensor: StoredTensor) -> None:
+    def take(self, tensor: TensorHeader) -> None:
         """File one stored tensor under its native name."""
         if names.is_mtp(tensor.name):
             return
@@ -214,7 +214,7 @@ class _Survey:
                 self.schemes[module] = Scheme("plain", module=module, shape=shape)
             return
         try:
-            scheme = describe(module, {leaf: TensorHeader(t.dtype, t.shape) for leaf, t in leaves.items()})
+            scheme = describe(module, leaves)
         except QuantizationError as error:
             self.problem("format", module, str(error).removeprefix(f"{module}: "))
             return
@@ -224,7 +224,7 @@ class _Survey:
             return
         self.schemes[module] = scheme
 
-    def _compare(self, tensor: StoredTensor, native: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> bool:
+    def _compare(self, tensor: TensorHeader, native: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> bool:
         label = tensor.name if tensor.name == native else f"{tensor.name} ({native})"
         if tensor.shape != shape:
             self.problem("mis-shaped", label, f"{_has(tensor)}, should be {list(shape)}")
@@ -290,7 +290,7 @@ def scheme_label(scheme: Scheme) -> str:
     return f"int4 {'asym' if scheme.zero_points else 'sym'}{' act-order' if scheme.act_order else ''}"
 
 
-def _weight_dtype(leaves: Mapping[str, StoredTensor]) -> str:
+def _weight_dtype(leaves: Mapping[str, TensorHeader]) -> str:
     """The stored type of the weight itself: its largest leaf's."""
     return max(leaves.values(), key=lambda tensor: (tensor.nbytes, DTYPE_BITS[tensor.dtype])).dtype
 
@@ -299,5 +299,5 @@ def _pattern(native: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", native)
 
 
-def _has(tensor: StoredTensor) -> str:
+def _has(tensor: TensorHeader) -> str:
     return f"has {list(tensor.shape)} {tensor.dtype}"

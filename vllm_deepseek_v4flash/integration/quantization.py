@@ -1,6 +1,6 @@
-"""The quantisation config that claims DeepSeek-V4 checkpoints, and only those, whatever tool packed them.
+"""vLLM's quantization config for DeepSeek-V4 checkpoints, and only those, whatever tool packed them.
 
-Light on purpose: `register` imports it in every process. The methods are imported when a model is built.
+`register` imports it in every process, so the methods are imported only when a model is built.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from ..config import MODEL_TYPE, DeepseekV4Config
+
 if TYPE_CHECKING:
     from ..checkpoint.plan import PackedModule
 
@@ -20,7 +22,7 @@ CLAIMED = ("awq", "gptq", "auto-round", "intel/auto-round", "inc", "compressed-t
 
 
 class DeepseekV4QuantConfig(QuantizationConfig):
-    """Decides by the checkpoint's tensors, module by module, how each weight is packed."""
+    """Decides module by module, from the checkpoint's tensors, how each weight is packed."""
 
     def __init__(self, source: dict[str, Any]) -> None:
         super().__init__()
@@ -49,34 +51,33 @@ class DeepseekV4QuantConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Our name for a DeepSeek-V4 checkpoint of a method that we read; None leaves everything else alone."""
-        if getattr(hf_config, "model_type", None) != "deepseek_v4" or getattr(hf_config, "vision_n_layers", 0):
+        """`NAME` for a DeepSeek-V4 text checkpoint of a supported method; None leaves every other one to vLLM."""
+        if getattr(hf_config, "model_type", None) != MODEL_TYPE or getattr(hf_config, "vision_n_layers", 0):
             return None
         method = str((hf_quant_cfg or {}).get("quant_method", "")).lower()
         return NAME if method in CLAIMED else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read the checkpoint's safetensors headers and describe every packed module.
+        """Read the checkpoint's safetensors headers and plan how each packed module is stored.
 
         Raises:
             QuantizationError, CheckpointError: before anything is allocated.
         """
         from ..checkpoint.plan import plan_weights
-        from ..config import DeepseekV4Config
 
         self.plan = plan_weights(
             DeepseekV4Config.from_hf(hf_config), self.source, _stored_tensors(model_name, revision)
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method for a linear or for the routed experts of a layer; unquantised ones where nothing is packed."""
+        """The method for a linear layer or a layer's routed experts; an unquantized one where nothing is packed."""
         from ..layers.methods import method_for
 
         return method_for(self.plan, layer, prefix)
 
 
 def _stored_tensors(model: str, revision: str | None) -> list[tuple[str, str, tuple[int, ...], str]]:
-    """Name, dtype code, shape and file of each tensor, by headers alone: of a directory or of a hub repository."""
+    """Name, dtype code, shape and file of each tensor, from the headers in a directory or a hub repository."""
     if Path(model).is_dir():
         from ..checkpoint.headers import read_headers
 

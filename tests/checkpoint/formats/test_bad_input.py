@@ -15,7 +15,8 @@ from testing import format_cases as cases
 from testing.fixtures import headers
 from testing.format_cases import CASES, FP8_CONFIG, FP8_GROUP, MODULE, Case, Make, ct_config, weights_args
 from vllm_deepseek_v4flash.checkpoint.formats import format_of
-from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, Scheme, TensorHeader
+from vllm_deepseek_v4flash.checkpoint.headers import TensorHeader
+from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, Scheme
 
 PACKED = [
     pytest.param(make, id=f"{name}-{case}")

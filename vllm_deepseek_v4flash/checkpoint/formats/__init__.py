@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ...ops.packed_weight import QuantizationError, Scheme, TensorHeader
+from ...ops.packed_weight import QuantizationError, Scheme
+from ..headers import TensorHeader
 from . import auto_round, awq, compressed_tensors, deepseek, gptq, unquantised
 from .common import either
 

@@ -16,7 +16,8 @@ import torch
 
 from vllm_deepseek_v4flash.log import logger_name
 
-from ...ops.packed_weight import QuantizationError, Scheme, TensorHeader
+from ...ops.packed_weight import QuantizationError, Scheme
+from ..headers import TensorHeader
 from . import awq, floats, gptq
 from .common import either, refuse_excluded
 from .patterns import find_name, regex_match

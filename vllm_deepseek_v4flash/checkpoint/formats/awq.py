@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from ...ops.packed_weight import DTYPES, QuantizationError, Scheme, TensorHeader
+from ...ops.packed_weight import QuantizationError, Scheme
+from ..dtypes import DTYPES, header_of
+from ..headers import TensorHeader
 from . import floats
 from .common import (
     SCALE_DTYPES,
@@ -23,7 +25,6 @@ from .common import (
     check_matrix,
     check_scales,
     check_symmetric_zeros,
-    header_of,
     refuse_excluded,
     resolve_group,
     unpack_nibbles,

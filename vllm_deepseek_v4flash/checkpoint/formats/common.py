@@ -8,9 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ...ops.packed_weight import DTYPES, FLOAT_CODES, QuantizationError, Scheme, TensorHeader
-
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+from ...ops.packed_weight import QuantizationError, Scheme
+from ..headers import FLOAT_CODES, TensorHeader
 
 # Bare parameters of the router, which share its name but are no part of its weight.
 _ROUTER_PARAMETERS = ("bias", "tid2eid")
@@ -29,10 +28,6 @@ def weight_leaves(module: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that make up the module's weight."""
     skipped = _ROUTER_PARAMETERS if module.endswith("ffn.gate") else ()
     return {leaf: value for leaf, value in leaves.items() if leaf not in skipped}
-
-
-def header_of(tensor: torch.Tensor) -> TensorHeader:
-    return TensorHeader(_CODES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

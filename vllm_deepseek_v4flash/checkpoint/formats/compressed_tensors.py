@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from ...ops.packed_weight import DTYPES, FP8_BLOCK, QuantizationError, Scheme, TensorHeader
+from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme
+from ..dtypes import DTYPES, header_of
+from ..headers import TensorHeader
 from . import floats
 from .common import (
     SCALE_DTYPES,
@@ -24,7 +26,6 @@ from .common import (
     check_scales,
     check_symmetric_zeros,
     check_trivial_g_idx,
-    header_of,
     permutation,
     refuse_excluded,
     resolve_group,

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme, TensorHeader
+from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme
+from ..headers import TensorHeader
 from . import floats
 from .common import refuse_excluded
 from .patterns import find_name

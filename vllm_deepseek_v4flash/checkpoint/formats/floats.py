@@ -9,17 +9,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ...ops.packed_weight import (
-    DTYPES,
-    E2M1_VALUES,
-    FLOAT_CODES,
-    FP4_GROUP,
-    FP8_BLOCK,
-    QuantizationError,
-    Scheme,
-    TensorHeader,
-)
-from .common import Leaf, check_bias, check_leaves, check_matrix, check_scales, either, header_of, weight_leaves
+from ...ops.packed_weight import E2M1_VALUES, FP4_GROUP, FP8_BLOCK, QuantizationError, Scheme
+from ..dtypes import DTYPES, header_of
+from ..headers import FLOAT_CODES, TensorHeader
+from .common import Leaf, check_bias, check_leaves, check_matrix, check_scales, either, weight_leaves
 
 # DeepSeek's own name, transformers' (multiplicative despite it), and compressed-tensors'.
 SCALE_NAMES = ("scale", "weight_scale_inv", "weight_scale")

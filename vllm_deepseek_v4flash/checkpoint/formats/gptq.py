@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from ...ops.packed_weight import DTYPES, QuantizationError, Scheme, TensorHeader
+from ...ops.packed_weight import QuantizationError, Scheme
+from ..dtypes import DTYPES, header_of
+from ..headers import TensorHeader
 from . import awq, floats
 from .common import (
     SCALE_DTYPES,
@@ -29,7 +31,6 @@ from .common import (
     check_symmetric_zeros,
     check_trivial_g_idx,
     either,
-    header_of,
     interleave_rows,
     permutation,
     refuse_excluded,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...ops.packed_weight import Scheme, TensorHeader
+from ...ops.packed_weight import Scheme
+from ..headers import TensorHeader
 from .floats import dequantise, repack
 from .floats import describe as _describe
 
