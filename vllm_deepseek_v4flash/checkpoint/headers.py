@@ -23,8 +23,9 @@ DTYPE_BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
-# Codes of the types that weights and scales are computed in.
+# What scales may be stored in, and what plain tensors may.
 FLOAT_CODES = ("BF16", "F16", "F32")
+PLAIN_CODES = (*FLOAT_CODES, "F64")
 
 # safetensors' own limit; a file that is no safetensors file shows an absurd length here.
 _MAX_HEADER = 100_000_000

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from ..checkpoint.formats import is_supported
 from ..config import MODEL_TYPE, DeepseekV4Config
 
 if TYPE_CHECKING:
     from ..checkpoint.plan import PackedModule
 
 NAME = "deepseek_v4flash"
-# `quant_method` of the checkpoints that `formats/` reads; vLLM rewrites DeepSeek's own "fp8" before it asks.
-CLAIMED = ("awq", "gptq", "auto-round", "intel/auto-round", "inc", "compressed-tensors", "fp8", "deepseek_v4_fp8")
 
 
 class DeepseekV4QuantConfig(QuantizationConfig):
@@ -54,8 +53,7 @@ class DeepseekV4QuantConfig(QuantizationConfig):
         """`NAME` for a DeepSeek-V4 text checkpoint of a supported method; None leaves every other one to vLLM."""
         if getattr(hf_config, "model_type", None) != MODEL_TYPE or getattr(hf_config, "vision_n_layers", 0):
             return None
-        method = str((hf_quant_cfg or {}).get("quant_method", "")).lower()
-        return NAME if method in CLAIMED else None
+        return NAME if is_supported(str((hf_quant_cfg or {}).get("quant_method"))) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's safetensors headers and plan how each packed module is stored.

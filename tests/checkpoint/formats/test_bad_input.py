@@ -308,7 +308,8 @@ CONFIGS: dict[str, tuple[Callable[[], Case], str]] = {
     "not a regex": (lambda: config(TRIVIAL, dynamic={"+:*": {}}), "holds '*', which is not a regular expression"),
     "packed, but no quantization_config": (
         lambda: replace(TRIVIAL(), config={}),
-        "which is no weight of a unquantised (its config.json has no quantization_config) checkpoint",
+        "has qweight [32, 48] I32, qzeros [4, 6] I32, scales [4, 48] F16, g_idx [256] I32, should be a weight in BF16, "
+        "F16, F32 or F64, because config.json has no quantization_config. Restore",
     ),
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from testing.fixtures import PARTIAL, WHOLE, fixture, headers, sha256
 from testing.format_cases import CASES, Case, Make
-from vllm_deepseek_v4flash.checkpoint.formats import FORMATS, format_of
+from vllm_deepseek_v4flash.checkpoint.formats import FORMATS, format_of, is_supported, register
 from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, Scheme, canonical_shapes, dequantise
 
 RANDOM = [
@@ -107,6 +109,22 @@ def test_mislabelled_auto_round_is_said_once(caplog: pytest.LogCaptureFixture) -
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(QuantizationError, match=r"quant_method is 'bitsandbytes'.*should be gptq, awq"):
+    with pytest.raises(QuantizationError, match=r"quant_method='bitsandbytes'.*Use .* quant_method is awq, gptq"):
         format_of({"quant_method": "bitsandbytes"})
     assert format_of(None) is format_of({}) is FORMATS["unquantised"]
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("GPTQ", "gptq"), ("compressed_tensors", "compressed-tensors"), ("Auto-Round", "auto-round"), ("fp8", "deepseek")],
+)
+def test_vllms_spellings_of_a_method(method: str, name: str) -> None:
+    assert format_of({"quant_method": method}) is FORMATS[name]
+    assert is_supported(method)
+
+
+def test_a_format_is_registered_once() -> None:
+    for again in (FORMATS["awq"], replace(FORMATS["awq"], name="new"), replace(FORMATS["awq"], quant_methods=())):
+        with pytest.raises(ValueError, match="already registered"):
+            register(again)
+    assert not is_supported("None")

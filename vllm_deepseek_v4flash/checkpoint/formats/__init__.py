@@ -1,75 +1,65 @@
-"""The checkpoint formats, each read into the canonical form of `scheme.py`.
+"""The checkpoint formats, each read into the canonical form of `ops/packed_weight.py`.
 
-A format is a module with `claims`, `describe`, `repack` and `dequantise`. Listing it here serves it, and puts it
-under every test of `tests/checkpoint/formats`.
+A format is one file whose `FORMAT` is registered below. The loader, `inspect` and vLLM's quantization config ask this
+registry, and every test of `tests/checkpoint/formats` runs on all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ...ops.packed_weight import QuantizationError, Scheme
-from ..headers import TensorHeader
+from ...ops.packed_weight import QuantizationError
 from . import auto_round, awq, compressed_tensors, deepseek, gptq, unquantised
 from .common import either
+from .format import Format as Format
 
-__all__ = ["FORMATS", "Format", "format_of"]
+FORMATS: dict[str, Format] = {}
 
 
-@dataclass(frozen=True)
-class Format:
-    """One source format.
+def register(added: Format) -> None:
+    """Read checkpoints of this format from now on.
 
-    Attributes:
-        claims: Whether a `quantization_config` is of this format.
-        describe: `(config, module, leaves)` to the scheme of a module, from the config and the tensors' headers.
-            `module` is DeepSeek's name of it, `leaves` is keyed by leaf name (`qweight`, `weight_scale`, …).
-        repack: `(leaves, scheme)` to the canonical tensors.
-        dequantise: `(leaves, scheme)` to fp32 [N, K], straight from the stored tensors: the reference.
-
-    The last three raise QuantizationError, which names module and tensor, what it has and what it should have.
+    Raises:
+        ValueError: its name or one of its methods is taken.
     """
-
-    name: str
-    claims: Callable[[Mapping[str, Any]], bool]
-    describe: Callable[[Mapping[str, Any], str, Mapping[str, TensorHeader]], Scheme]
-    repack: Callable[[Mapping[str, torch.Tensor], Scheme], dict[str, torch.Tensor]]
-    dequantise: Callable[[Mapping[str, torch.Tensor], Scheme], torch.Tensor]
+    if added.name in FORMATS or any(map(is_supported, added.quant_methods)):
+        raise ValueError(f"format {added.name!r} for {', '.join(added.quant_methods)}: already registered")
+    FORMATS[added.name] = added
 
 
-def _format(name: str, module: ModuleType) -> Format:
-    return Format(name, module.claims, module.describe, module.repack, module.dequantise)
+def quant_methods() -> tuple[str, ...]:
+    """Every `quant_method` that some format reads."""
+    return tuple(method for known in FORMATS.values() for method in known.quant_methods)
 
 
-FORMATS: dict[str, Format] = {
-    name: _format(name, module)
-    for name, module in (
-        ("gptq", gptq),
-        ("awq", awq),
-        ("auto-round", auto_round),
-        ("compressed-tensors", compressed_tensors),
-        ("deepseek", deepseek),
-        ("unquantised", unquantised),
-    )
-}
+def is_supported(quant_method: str) -> bool:
+    """Whether some format reads this `quant_method`, in any spelling."""
+    return _spelled(quant_method) in map(_spelled, quant_methods())
 
 
 def format_of(quantization_config: Mapping[str, Any] | None) -> Format:
-    """The format that a config.json's `quantization_config` (None or empty: none) speaks of.
+    """The format of a checkpoint with this `quantization_config`; None or empty means unquantised.
 
     Raises:
-        QuantizationError: no format claims its `quant_method`.
+        QuantizationError: no format reads its `quant_method`.
     """
-    config = quantization_config or {}
-    for candidate in FORMATS.values():
-        if candidate.claims(config):
-            return candidate
+    if not quantization_config:
+        return unquantised.FORMAT
+    method = quantization_config.get("quant_method")
+    for known in FORMATS.values():
+        if _spelled(method) in map(_spelled, known.quant_methods):
+            return known
     raise QuantizationError(
-        f"quant_method is {config.get('quant_method')!r} in quantization_config, should be "
-        + either(("gptq", "awq", "auto-round", "compressed-tensors", "fp8", "deepseek_v4_fp8"))
+        f"quant_method={method!r} in quantization_config: not supported. Use a checkpoint whose quant_method is "
+        f"{either(quant_methods())}, or an unquantised one in bfloat16, float16 or float32."
     )
+
+
+def _spelled(method: object) -> str:
+    """A method as it is compared. vLLM, too, ignores case and reads compressed_tensors as compressed-tensors."""
+    return str(method).lower().replace("_", "-")
+
+
+for _module in (awq, gptq, auto_round, compressed_tensors, deepseek, unquantised):
+    register(_module.FORMAT)

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from vllm_deepseek_v4flash.log import logger_name
 
 from ...ops.packed_weight import QuantizationError, Scheme
 from ..headers import TensorHeader
 from . import awq, floats, gptq
 from .common import either, refuse_excluded
+from .format import Format
 from .patterns import find_name, regex_match
 
 logger = logging.getLogger(logger_name(__name__))
@@ -37,10 +36,6 @@ _MISLABELLED = (
     "read as 'auto_round:auto_gptq'"
 )
 _told: set[str] = set()
-
-
-def claims(config: Mapping[str, Any]) -> bool:
-    return config.get("quant_method") in ("auto-round", "intel/auto-round", "inc")
 
 
 def _override(config: Mapping[str, Any], module: str) -> tuple[str, Mapping[str, Any], bool] | None:
@@ -99,9 +94,4 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
     return gptq.describe_packed(source, settings, module, leaves)
 
 
-def repack(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    return gptq.repack(leaves, scheme)
-
-
-def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    return gptq.dequantise(leaves, scheme)
+FORMAT = Format("auto-round", ("auto-round", "intel/auto-round", "inc"), describe, gptq.repack, gptq.dequantise)

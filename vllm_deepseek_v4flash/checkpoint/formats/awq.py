@@ -14,10 +14,9 @@ import torch
 
 from ...ops.packed_weight import QuantizationError, Scheme
 from ..dtypes import DTYPES, header_of
-from ..headers import TensorHeader
+from ..headers import FLOAT_CODES, TensorHeader
 from . import floats
 from .common import (
-    SCALE_DTYPES,
     Leaf,
     check_bias,
     check_bits,
@@ -29,16 +28,13 @@ from .common import (
     resolve_group,
     unpack_nibbles,
 )
+from .format import Format
 from .patterns import find_name
 
 SOURCE = "awq_gemm"
 # The nibble that holds column j of eight, and the columns that the low and the high nibbles of the four bytes hold.
 _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 _LOW_COLUMNS, _HIGH_COLUMNS = (0, 4, 1, 5), (2, 6, 3, 7)
-
-
-def claims(config: Mapping[str, Any]) -> bool:
-    return config.get("quant_method") == "awq"
 
 
 def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, TensorHeader]) -> Scheme:
@@ -82,9 +78,9 @@ def _expected(scheme: Scheme) -> dict[str, Leaf]:
     (n, k), groups = scheme.shape, scheme.shape[1] // scheme.group_size
     return {
         "qweight": Leaf((k, -(-n // 8)), ("I32",)),
-        "scales": Leaf((groups, n), SCALE_DTYPES),
+        "scales": Leaf((groups, n), FLOAT_CODES),
         "qzeros": Leaf((groups, -(-n // 8)), ("I32",), required=scheme.zero_points),
-        "bias": Leaf((n,), SCALE_DTYPES, required=False),
+        "bias": Leaf((n,), FLOAT_CODES, required=False),
     }
 
 
@@ -147,3 +143,6 @@ def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
     if "qzeros" in leaves:
         zeros = _columns(leaves["qzeros"], n).repeat_interleave(group, 0)
     return ((codes - zeros).float() * scales + 0.0).t().contiguous()
+
+
+FORMAT = Format("awq", ("awq",), describe, repack, dequantise)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from ...ops.packed_weight import QuantizationError, Scheme
-from ..headers import FLOAT_CODES, TensorHeader
+from ..headers import TensorHeader
 
 # Bare parameters of the router, which share its name but are no part of its weight.
 _ROUTER_PARAMETERS = ("bias", "tid2eid")
@@ -186,6 +186,3 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 def interleave_rows(codes: torch.Tensor) -> torch.Tensor:
     """Canonical `qweight` [N, K/2] of uint8 codes [K, N], K first."""
     return (codes[0::2] | (codes[1::2] << 4)).t().contiguous()
-
-
-SCALE_DTYPES = FLOAT_CODES

@@ -14,10 +14,9 @@ import torch
 
 from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme
 from ..dtypes import DTYPES, header_of
-from ..headers import TensorHeader
+from ..headers import FLOAT_CODES, TensorHeader
 from . import floats
 from .common import (
-    SCALE_DTYPES,
     Leaf,
     check_bits,
     check_g_idx,
@@ -31,6 +30,7 @@ from .common import (
     resolve_group,
     unpack_nibbles,
 )
+from .format import Format
 from .gptq import permute_columns
 from .patterns import Match, is_module, regex_match
 
@@ -41,10 +41,6 @@ _CLASSES = {
 }
 _LINEAR = ("Linear", "LinearBase")
 _REMEDY = 'set actorder to "group" in the config if the weights were quantised with it'
-
-
-def claims(config: Mapping[str, Any]) -> bool:
-    return config.get("quant_method") == "compressed-tensors"
 
 
 def _matches(target: str, module: str) -> tuple[int, Match]:
@@ -137,7 +133,7 @@ def _expected(scheme: Scheme, leaves: Mapping[str, TensorHeader]) -> dict[str, L
     unpacked = zeros is not None and zeros.dtype == "I8"
     return {
         "weight_packed": Leaf((n, k // 8), ("I32",)),
-        "weight_scale": Leaf((n, groups), SCALE_DTYPES),
+        "weight_scale": Leaf((n, groups), FLOAT_CODES),
         "weight_zero_point": Leaf(
             (n, groups) if unpacked else (-(-n // 8), groups), ("I32", "I8"), required=scheme.zero_points
         ),
@@ -223,3 +219,6 @@ def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
     elif stored is not None:
         zeros = ((stored.long()[:, None] >> shifts[None, :, None]) & 15).flatten(0, 1)[:n] - 8
     return (values - zeros[:, groups]).float() * leaves["weight_scale"].float()[:, groups] + 0.0
+
+
+FORMAT = Format("compressed-tensors", ("compressed-tensors",), describe, repack, dequantise)

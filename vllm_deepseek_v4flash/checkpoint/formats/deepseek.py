@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme
 from ..headers import TensorHeader
 from . import floats
 from .common import refuse_excluded
+from .format import Format
 from .patterns import find_name
-
-
-def claims(config: Mapping[str, Any]) -> bool:
-    return config.get("quant_method") in ("fp8", "deepseek_v4_fp8")
 
 
 def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, TensorHeader]) -> Scheme:
@@ -39,9 +34,4 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
     return scheme
 
 
-def repack(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:
-    return floats.repack(leaves, scheme)
-
-
-def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    return floats.dequantise(leaves, scheme)
+FORMAT = Format("deepseek", ("fp8", "deepseek_v4_fp8"), describe, floats.repack, floats.dequantise)

@@ -11,7 +11,7 @@ import torch
 
 from ...ops.packed_weight import E2M1_VALUES, FP4_GROUP, FP8_BLOCK, QuantizationError, Scheme
 from ..dtypes import DTYPES, header_of
-from ..headers import FLOAT_CODES, TensorHeader
+from ..headers import FLOAT_CODES, PLAIN_CODES, TensorHeader
 from .common import Leaf, check_bias, check_leaves, check_matrix, check_scales, either, weight_leaves
 
 # DeepSeek's own name, transformers' (multiplicative despite it), and compressed-tensors'.
@@ -42,8 +42,8 @@ def describe(module: str, leaves: Mapping[str, TensorHeader], form: str) -> Sche
             f"{module}: holds {', '.join(sorted(leaves)) or 'nothing'}, which is no weight of a {form} checkpoint; "
             "should be a plain `weight`, or the tensors that this format writes"
         )
-    if weight.dtype in FLOAT_CODES:
-        expected = {"weight": Leaf(tuple(weight.shape), FLOAT_CODES), "bias": _bias(weight)}
+    if weight.dtype in PLAIN_CODES:
+        expected = {"weight": Leaf(tuple(weight.shape), PLAIN_CODES), "bias": _bias(weight)}
         check_leaves(module, leaves, expected, "an unquantised weight")
         return Scheme("plain", dtype=DTYPES[weight.dtype], source="plain", module=module, shape=tuple(weight.shape))
     n, columns = check_matrix(module, "weight", weight)
@@ -62,7 +62,7 @@ def describe(module: str, leaves: Mapping[str, TensorHeader], form: str) -> Sche
             )
     else:
         raise QuantizationError(
-            f"{module}: tensor weight has dtype {weight.dtype}, should be {either(FLOAT_CODES)} (plain), "
+            f"{module}: tensor weight has dtype {weight.dtype}, should be {either(PLAIN_CODES)} (plain), "
             "F8_E4M3 (FP8) or I8 (FP4)"
         )
     check_leaves(module, leaves, _expected(scheme, leaves), _why(scheme))
@@ -70,7 +70,7 @@ def describe(module: str, leaves: Mapping[str, TensorHeader], form: str) -> Sche
 
 
 def _bias(weight: TensorHeader) -> Leaf:
-    return Leaf(tuple(weight.shape[:1]), FLOAT_CODES, required=False)
+    return Leaf(tuple(weight.shape[:1]), PLAIN_CODES, required=False)
 
 
 def _why(scheme: Scheme) -> str:
@@ -92,7 +92,7 @@ def _checked(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> dict[str, to
     tensors = weight_leaves(scheme.module, leaves)
     headers = {name: header_of(tensor) for name, tensor in tensors.items()}
     if scheme.kind == "plain":
-        expected = {"weight": Leaf(scheme.shape, FLOAT_CODES), "bias": Leaf(scheme.shape[:1], FLOAT_CODES, False)}
+        expected = {"weight": Leaf(scheme.shape, PLAIN_CODES), "bias": Leaf(scheme.shape[:1], PLAIN_CODES, False)}
         check_leaves(scheme.module, headers, expected, "an unquantised weight")
         check_bias(scheme.module, tensors.get("bias"))
         return tensors

@@ -18,10 +18,9 @@ import torch
 
 from ...ops.packed_weight import QuantizationError, Scheme
 from ..dtypes import DTYPES, header_of
-from ..headers import TensorHeader
+from ..headers import FLOAT_CODES, TensorHeader
 from . import awq, floats
 from .common import (
-    SCALE_DTYPES,
     Leaf,
     check_bias,
     check_bits,
@@ -37,16 +36,13 @@ from .common import (
     resolve_group,
     unpack_nibbles,
 )
+from .format import Format
 from .patterns import regex_match
 
 V1, V2 = "gptq_v1", "gptq_v2"
 _LAYOUTS = {"gptq": V1, "gptq_v2": V2, "gemm": awq.SOURCE}
 _EIGHT_ONES = 0x11111111
 _REMEDY = "set desc_act to true in the config if the weights were quantised with it"
-
-
-def claims(config: Mapping[str, Any]) -> bool:
-    return config.get("quant_method") == "gptq"
 
 
 @dataclass(frozen=True)
@@ -122,10 +118,10 @@ def _expected(scheme: Scheme) -> dict[str, Leaf]:
     (n, k), groups = scheme.shape, scheme.shape[1] // scheme.group_size
     return {
         "qweight": Leaf((k // 8, n), ("I32",)),
-        "scales": Leaf((groups, n), SCALE_DTYPES),
+        "scales": Leaf((groups, n), FLOAT_CODES),
         "qzeros": Leaf((groups, -(-n // 8)), ("I32",), required=scheme.zero_points),
         "g_idx": Leaf((k,), ("I32", "I64"), required=scheme.act_order),
-        "bias": Leaf((n,), SCALE_DTYPES, required=False),
+        "bias": Leaf((n,), FLOAT_CODES, required=False),
     }
 
 
@@ -199,3 +195,6 @@ def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
         permutation(scheme.module, "g_idx", leaves["g_idx"], scheme)
         groups = leaves["g_idx"].long()
     return ((codes - zeros[groups]).float() * leaves["scales"].float()[groups] + 0.0).t().contiguous()
+
+
+FORMAT = Format("gptq", ("gptq",), describe, repack, dequantise)
