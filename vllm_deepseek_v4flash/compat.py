@@ -1,10 +1,11 @@
-"""Everything the plugin takes from vLLM outside its public plugin surface, in one place.
+"""The vLLM symbols that the model side uses, in one place.
 
-The model side imports vLLM only through this module, so that a vLLM release that moves something breaks here,
-by name, and is mended here.  Importing it imports torch and most of vLLM: `vllm_deepseek_v4flash/__init__.py`
-must not, and does not.
+`kv_cache/`, `layers/` and `model.py` import vLLM through this module only, so that a release that moves something fails
+here, by name, and is fixed here. It is a leaf and not part of `integration/`, because imports run downwards and the
+layers import it; it registers and patches nothing. `serving/compat.py` is the same for the API server.
 
-`tests/integration/test_compat.py` checks each name, each dataclass field and each signature that the plugin relies on.
+Importing it imports torch and most of vLLM, so `register` does not. `tests/integration/test_compat.py` checks every
+name, dataclass field and signature that the plugin relies on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import (
     extract_layer_index,
     make_layers,
@@ -50,5 +50,5 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec, SlidingWin
 
 try:
     from vllm.v1.kv_cache_layout import KVCacheLayout
-except ImportError:  # 0.32's kv_cache_interface re-exports it; keep both homes
+except ImportError:  # vLLM 0.32 has it in both places; one is enough
     from vllm.v1.kv_cache_interface import KVCacheLayout

@@ -20,7 +20,6 @@ from .compat import (
     IntermediateTensors,
     LogitsProcessor,
     ParallelLMHead,
-    SupportsPP,
     VllmConfig,
     VocabParallelEmbedding,
     extract_layer_index,
@@ -29,7 +28,6 @@ from .compat import (
     maybe_prefix,
 )
 from .config import DeepseekV4Config, LayerKind
-from .integration.install import build_in_tree_model
 from .kv_cache.formats import CacheFormats
 from .kv_cache.layer_caches import LayerCaches
 from .kv_cache.replay import StepReplay, replays
@@ -154,13 +152,8 @@ class DeepseekV4Model(nn.Module):
         return self.norm(merge_streams(self, streams, self.config))
 
 
-class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
-    """The class that vLLM constructs for the architecture `DeepseekV4ForCausalLM`."""
-
-    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        # vLLM's vision wrapper asks the registry for its text model under our name and must get vLLM's own class.
-        in_tree = build_in_tree_model(vllm_config, prefix)
-        return super().__new__(cls) if in_tree is None else in_tree
+class DeepseekV4ForCausalLM(nn.Module):
+    """Model and head. vLLM constructs `integration.registered_model`'s subclass, which adds what vLLM inspects."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

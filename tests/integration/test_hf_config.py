@@ -33,7 +33,7 @@ def saved_by_transformers(spec, directory, **extra):
 
 
 def test_the_reader_is_still_needed():
-    """Should vLLM's class read such a file one day, integration/hf_config.py can go."""
+    """Once vLLM's class reads such a file, integration/hf_config.py can go."""
     with pytest.raises(Exception, match="mlp_layer_types"):
         VllmConfigClass.from_dict(resaved(CONFIGS["mixed"].hf_config))
 
@@ -79,7 +79,7 @@ def test_the_argument_is_not_changed():
 def test_an_impossible_value_is_named():
     values = resaved(CONFIGS["mixed"].hf_config)
     values["layer_types"][1] = "full_attention"
-    with pytest.raises(ValueError, match=r"layer_types\[1\] is 'full_attention'; allowed: one of sliding_attention"):
+    with pytest.raises(ValueError, match=r"layer_types\[1\]='full_attention': must be one of sliding_attention"):
         native_keys(values)
 
 

@@ -44,12 +44,12 @@ def check_chat(example: dict[str, Any], thoughts: str, answer: str, token_ids: l
 
 
 def test_every_process_has_our_class(server: Server) -> None:
-    """The front end speaks before vLLM puts a process's name before its lines; the others have theirs."""
+    """The front end logs before vLLM prefixes lines with the name of their process."""
     names = ("EngineCore", "Worker")
-    lines = [line for line in server.output().splitlines() if "is served by vllm_deepseek_v4flash.model:" in line]
+    lines = [line for line in server.output().splitlines() if "Registered DeepseekV4ForCausalLM (replacing" in line]
     speakers = sorted(next((name for name in names if name in line), "front end") for line in lines)
     assert speakers == ["EngineCore", "Worker", "front end"], lines
-    assert server.output().count("Chat encoding: DeepSeek-V4 april is assumed") == 1
+    assert server.output().count("Chat encoding: DeepSeek-V4 april, assumed for") == 1
 
 
 def test_completion(client: openai.OpenAI, example: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -203,59 +204,64 @@ def test_continuing_the_last_message(add_generation_prompt):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "messages is empty"),
-        (["hi"], r"messages\[0\] is 'hi'; it must be an object"),
-        ([[user("U")]], r"messages\[0\] is \[.*it must be an object"),
-        ([{"content": "x"}], r"messages\[0\].role is None; it must be one of system, developer"),
-        ([user("U"), {"role": "function", "content": "x"}], r"messages\[1\].role is 'function'; it must be one of"),
-        ([user(None)], r"messages\[0\].content is None; it must be a string or a list"),
-        ([user(5)], r"messages\[0\].content is 5"),
-        ([user([{"type": "image_url", "image_url": {}}])], r"a part of type 'image_url'; this model reads text only"),
-        ([user([{"type": "text"}])], r"messages\[0\].content has a part of type 'text'"),
-        ([user([7])], r"a part of type 7"),
-        ([user("U"), result("x", "a")], r"messages\[1\] is a tool result \(tool_call_id 'a'\) that no call precedes"),
+        ([], r"^messages=\[\]: .* Send at least one\.$"),
+        (["hi"], r"messages\[0\]='hi': must be an object"),
+        ([[user("U")]], r"messages\[0\]=\[.*: must be an object"),
+        ([{"content": "x"}], r"messages\[0\].role=None: .*Use one of system, developer"),
+        ([user("U"), {"role": "function", "content": "x"}], r"messages\[1\].role='function': .*Use one of"),
+        ([user(None)], r"messages\[0\].content=None: .*Send a string or text parts"),
+        ([user(5)], r"messages\[0\].content=5: "),
+        (
+            [user([{"type": "image_url", "image_url": {}}])],
+            r"content\[0\].type='image_url': this model reads text only",
+        ),
+        ([user([{"type": "text"}])], r"messages\[0\].content\[0\].type='text': "),
+        ([user([7])], r"content\[0\].type=7: "),
+        ([user("U"), result("x", "a")], r"messages\[1\].tool_call_id='a': no call precedes"),
         (
             [user("U"), answer(None, tool_calls=[call("f", {}, "a")]), result("x", "b")],
-            r"messages\[2\].tool_call_id is 'b'; the calls before it are 'a'",
+            r"messages\[2\].tool_call_id='b': .*call before it. Use one of 'a'\.$",
         ),
         (
             [user("U"), answer(None, tool_calls=[call("f", {}, "a")]), result("x", "a"), answer("A"), result("y", "a")],
-            r"messages\[4\] is a tool result",
+            r"messages\[4\].tool_call_id='a': no call precedes",
         ),
         (
             [user("U"), answer(None, tool_calls=[call("f", "{", "a")])],
-            r"tool_calls\[0\].function.arguments is not JSON",
+            r"tool_calls\[0\].function.arguments='{': not JSON",
         ),
         (
             [user("U"), answer(None, tool_calls=[call("f", "[1]", "a")])],
-            r"arguments is \[1\]; it must be a JSON object",
+            r"arguments=\[1\]: not a JSON object",
         ),
-        ([user("U"), answer(None, tool_calls=[{"id": "a"}])], r"messages\[1\].tool_calls\[0\] is .* needs a function"),
-        ([user("U"), answer("A", reasoning=3)], r"messages\[1\].reasoning is 3; it must be a string"),
-        ([user("U") | {"task": "action"}], r"messages\[0\].task is not part of the chat API"),
-        ([system("S") | {"tools": TOOLS}], r"messages\[0\].tools is not part .*: pass the request's tools"),
-        ([user("U"), answer("A")], "The last message is the assistant's, so there is nothing to answer"),
+        ([user("U"), answer(None, tool_calls=[{"id": "a"}])], r"messages\[1\].tool_calls\[0\]=.*: has no function"),
+        ([user("U"), answer("A", reasoning=3)], r"messages\[1\].reasoning=3: must be a string"),
+        (
+            [user("U") | {"task": "action"}],
+            r"messages\[0\].task='action': not part of a message in this API\. Remove it",
+        ),
+        ([system("S") | {"tools": TOOLS}], r"messages\[0\].tools=.*: not part of .*\. Set the request's tools"),
+        ([user("U"), answer("A")], r"messages\[-1\].role='assistant': there is nothing to answer"),
     ],
 )
 def test_bad_messages(messages, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         encode_chat(messages, HIGH)
+    assert re.fullmatch(r"messages[^=]*=.+: .+\. [A-Z].+\.", str(refusal.value), re.DOTALL)  # what, why, what to do
 
 
 def test_nothing_to_continue():
-    with pytest.raises(
-        ValueError, match="continue_final_message needs a last message by the assistant; it is by 'user'"
-    ):
+    with pytest.raises(ValueError, match="continue_final_message=True: the last message is the user's, and only"):
         encode_chat([user("U")], HIGH, continue_final_message=True)
 
 
 @pytest.mark.parametrize("bad", [{}, {"function": {"description": "d"}}, "f", {"type": "function", "function": "f"}])
 def test_bad_tools(bad):
-    with pytest.raises(ValueError, match="A tool needs a function with a name"):
+    with pytest.raises(ValueError, match=r"tools\[\]=.*: has no function with a name"):
         encode_chat([user("U")], HIGH, tools=[bad])
 
 
-# ---- vLLM's copy of DeepSeek's encoder (0731's), wherever it and we mean the same
+# ---- vLLM's copy of DeepSeek's encoder (0731's), where both should agree
 
 texts = st.text(alphabet='ab \n<>｜{}"é', min_size=1, max_size=8)
 values = st.one_of(texts, st.integers(), st.booleans(), st.none(), st.lists(texts, max_size=2))

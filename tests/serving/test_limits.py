@@ -92,9 +92,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         CHAT, chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "b"}}}),
         "Grammar error"),
     "a tool without its function": (CHAT, chat(tools=[{"type": "function"}]), "body.tools.0.function"),
-    "an unknown parameter": (COMPLETIONS, completion(frobnicate=1), "frobnicate: not a parameter of /v1/completions"),
-    "unknown parameters, chat": (CHAT, chat(guided_json={}, best=1), "best, guided_json: not a parameter of /v1/chat"),
-    "best_of": (COMPLETIONS, completion(best_of=3), "best_of: not a parameter"),
+    "an unknown parameter": (COMPLETIONS, completion(frobnicate=1), "frobnicate=1: unknown to /v1/completions"),
+    "unknown parameters, chat": (CHAT, chat(guided_json={}, best=1), "best=1, guided_json={}: unknown to /v1/chat"),
+    "best_of": (COMPLETIONS, completion(best_of=3), "best_of=3: unknown to"),
     "thinking that is neither": (CHAT, chat(thinking={"type": "auto"}), '{"type": "disabled"}'),
     "tool_choice without tools": (CHAT, chat(tool_choice="auto"), "tools"),
 }  # fmt: skip

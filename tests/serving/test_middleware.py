@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_deepseek_v4flash.serving.middleware import CHAT, COMPLETIONS, FailWithEngine, StrictRequests, settle
+from vllm_deepseek_v4flash.serving.middleware import CHAT, COMPLETIONS, FailWithEngine, StrictRequests, normalize
 
 MESSAGES = [{"role": "user", "content": "U"}]
 
@@ -36,7 +36,7 @@ def chat(**body):
     ids=str,
 )
 def test_no_effort_wins(body, changes):
-    assert settle(CHAT, chat(**body)) == chat(**body) | changes
+    assert normalize(CHAT, chat(**body)) == chat(**body) | changes
 
 
 @pytest.mark.parametrize(
@@ -52,28 +52,28 @@ def test_no_effort_wins(body, changes):
 def test_thinking_as_in_deepseeks_api(kind, inside, expected):
     """Whichever says "do not think" wins, here or in the tokenizer."""
     body = chat(thinking={"type": kind}, chat_template_kwargs=inside)
-    assert settle(CHAT, body) == chat(chat_template_kwargs=expected)
+    assert normalize(CHAT, body) == chat(chat_template_kwargs=expected)
 
 
 @pytest.mark.parametrize("thinking", ["disabled", False, {}, {"type": "off"}, {"type": ["disabled"]}, [1]])
 def test_thinking_of_another_form(thinking):
-    with pytest.raises(ValueError, match=r'it must be \{"type": "enabled"\} or \{"type": "disabled"\}'):
-        settle(CHAT, chat(thinking=thinking))
+    with pytest.raises(ValueError, match=r'^thinking=.+: .+\. Send \{"type": "enabled"\} or \{"type": "disabled"\}\.$'):
+        normalize(CHAT, chat(thinking=thinking))
 
 
 @pytest.mark.parametrize(
     ("path", "body", "names"),
     [
-        (CHAT, {"frobnicate": 1}, "frobnicate: not"),
-        (CHAT, {"b": 1, "a": None}, "a, b: not"),
-        (CHAT, {"prompt": "x"}, "prompt: not"),
-        (COMPLETIONS, {"messages": []}, "messages: not"),
-        (COMPLETIONS, {"thinking": {"type": "disabled"}}, "thinking: not"),
+        (CHAT, {"frobnicate": 1}, "frobnicate=1"),
+        (CHAT, {"b": 1, "a": None}, "a=None, b=1"),
+        (CHAT, {"prompt": "x"}, "prompt='x'"),
+        (COMPLETIONS, {"messages": []}, r"messages=\[\]"),
+        (COMPLETIONS, {"thinking": {"type": "disabled"}}, r"thinking=\{.+\}"),
     ],
 )
 def test_unknown_parameters(path, body, names):
-    with pytest.raises(ValueError, match=rf"^{names} a parameter of {path}\."):
-        settle(path, body)
+    with pytest.raises(ValueError, match=rf"^{names}: unknown to {path}\. Remove"):
+        normalize(path, body)
 
 
 # ---- as ASGI
@@ -129,7 +129,7 @@ def test_a_refusal_is_an_error_of_the_openai_api():
     assert dict(start["headers"])[b"content-length"] == str(len(end["body"])).encode()
     error = json.loads(end["body"])["error"]
     assert (error["code"], error["type"]) == (400, "BadRequestError")
-    assert error["message"].startswith("frobnicate: not a parameter of /v1/chat/completions")
+    assert error["message"].startswith("frobnicate=1: unknown to /v1/chat/completions. Remove")
 
 
 def test_a_client_that_hangs_up_while_it_sends():

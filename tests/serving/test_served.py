@@ -241,7 +241,7 @@ def test_anthropics_api_streamed(client, question):
         ({"extra_body": {"chat_template_kwargs": {"thinking": "no"}}}, ("thinking", "true or false")),
         ({"extra_body": {"chat_template_kwargs": {"enable_thinking": 1}}}, ("enable_thinking", "true or false")),
         ({"extra_body": {"thinking_token_budget": -2}}, ("thinking_token_budget",)),
-        ({"messages": []}, ("messages is empty",)),
+        ({"messages": []}, ("messages=[]",)),
         ({"messages": [{"role": "robot", "content": "x"}]}, ("robot", "assistant")),
         ({"messages": [user("U"), result("x", "a")]}, ("messages[1]", "no call precedes")),
         ({"messages": [user("U"), answer("A")]}, ("nothing to answer", "continue_final_message")),

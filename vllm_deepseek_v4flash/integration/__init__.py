@@ -1,1 +1,4 @@
-"""Everything that vLLM calls: registration, option checks, workarounds, the quantization config."""
+"""Everything that vLLM calls: registration, refusals, workarounds, the quantization config, the model class.
+
+Only this folder registers or patches anything in vLLM.
+"""

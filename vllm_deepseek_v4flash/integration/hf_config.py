@@ -1,8 +1,8 @@
-"""Makes a config.json that transformers saved again readable for vLLM 0.32.
+"""A workaround: vLLM 0.32 cannot read a config.json that transformers saved again.
 
-Its class for model type `deepseek_v4` knows DeepSeek's own keys only: transformers' base class rejects the
-`mlp_layer_types` of a re-saved file, and `compress_ratios`, by which vLLM recognises a V4 config, is absent.
-vLLM 0.33 uses transformers' class, which reads both kinds.
+Its config class for model type `deepseek_v4` has DeepSeek's own keys only. transformers' base class rejects the
+`mlp_layer_types` of a re-saved file, and `compress_ratios`, by which vLLM recognizes a V4 config, is absent. vLLM 0.33
+has no class of its own and uses transformers', which reads both kinds; this file can go with vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_deepseek_v4flash.config import DeepseekV4Config
+from ..config import DeepseekV4Config
 
 # What transformers writes in place of compress_ratios, num_hash_layers, rope_scaling and qk_rope_head_dim.
 _RESAVED_KEYS = (
@@ -29,7 +29,7 @@ def native_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with DeepSeek's own keys in place of transformers'; a native config is returned as it is.
 
     Raises:
-        ValueError: as `DeepseekV4Config.from_hf`, for a re-saved config with an impossible value.
+        ValueError: from `DeepseekV4Config.from_hf`, for a re-saved config with an unsupported value.
     """
     if values.get("compress_ratios") is not None or values.get("layer_types") is None:
         return dict(values)
@@ -59,8 +59,8 @@ def native_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def reader_for(config_class: type) -> type:
     """A subclass of the Hugging Face config class `config_class` whose `from_dict` also reads re-saved files.
 
-    What it returns are instances of `config_class` itself, so nothing downstream can tell the difference and
-    they pickle to vLLM's other processes.
+    It returns instances of `config_class` itself, so nothing downstream can tell the difference, and they pickle to
+    vLLM's other processes.
     """
 
     class ResavedConfigReader(config_class):

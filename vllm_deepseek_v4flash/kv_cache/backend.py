@@ -8,9 +8,8 @@ import torch
 
 from ..compat import AttentionBackend, KVCacheLayout, MultipleOf
 from ..config import BLOCK_TOKENS
+from . import BACKEND_NAME
 from .metadata import DeepseekV4MetadataBuilder
-
-BACKEND_NAME = "DEEPSEEK_V4FLASH"
 
 
 class DeepseekV4Backend(AttentionBackend):

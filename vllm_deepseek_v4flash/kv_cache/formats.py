@@ -43,8 +43,8 @@ class CacheFormats:
             rows = RowFormat.plain(config.head_dim, _PLAIN[cache_dtype])
         else:
             raise ValueError(
-                f"--kv-cache-dtype {cache_dtype} is not a row format of DeepSeek-V4's cache in vllm-deepseek-v4flash; "
-                f"allowed: {', '.join(KV_CACHE_DTYPES)}. Start without --kv-cache-dtype for the default."
+                f"--kv-cache-dtype={cache_dtype}: not a row format of this cache. Use one of "
+                f"{', '.join(KV_CACHE_DTYPES)}, or start without --kv-cache-dtype for the default."
             )
         if index_cache_dtype == "auto":
             index_cache_dtype = "fp8" if rows.codec == "e4m3" else "model"
@@ -58,5 +58,7 @@ def _index_format(name: str, dim: int, rows: RowFormat, model_dtype: torch.dtype
         return RowFormat.fp4(dim)
     if name == "model":
         return RowFormat.plain(dim, rows.dtype if rows.codec == "plain" else model_dtype)
-    allowed = ", ".join(INDEX_CACHE_DTYPES)
-    raise ValueError(f"index_cache_dtype in --additional-config is {name!r}: use one of {allowed}")
+    raise ValueError(
+        f"--additional-config.index_cache_dtype={name}: not a row format of the indexer's cache. Use one of "
+        f"{', '.join(INDEX_CACHE_DTYPES)}."
+    )

@@ -1,1 +1,1 @@
-"""Serving people: the chat encoding of each generation of weights, its tokenizer modes, and the output parsers."""
+"""Chat: the encoding of each generation of weights, reasoning modes, tokenizers, output parsers, middlewares."""

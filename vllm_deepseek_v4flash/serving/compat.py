@@ -1,6 +1,6 @@
-"""Everything the serving side takes from vLLM outside its registries, apart from the model's `compat.py`.
+"""The vLLM symbols that the chat side uses, in one place.
 
-The API server needs this and none of the model's imports, a worker the other way round.
+Not part of the model's `compat.py`: the API server needs these and none of the model's, a worker only the model's.
 """
 
 from __future__ import annotations

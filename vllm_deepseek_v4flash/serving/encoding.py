@@ -1,9 +1,9 @@
-"""V4's chat format: messages as the API has them, to the prompt's text.
+"""V4's chat format: from messages in the form of the OpenAI API to the text of the prompt.
 
     BOS [mode's text] system [tools] [response format] <User>user<Assistant><think>reasoning</think>answer EOS <User>...
 
-The system text has no role token. Tool results are user turns. The format is that of the encoders which DeepSeek
-ships with the weights (`encoding/` in the repositories); the two generations differ in their modes only.
+The system text has no role token. Tool results are user turns. The format is that of the encoders that DeepSeek ships
+with the weights (`encoding/` in the repositories); the two generations differ only in their reasoning modes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_deepseek_v4flash.serving.messages import Turn, read_messages
-from vllm_deepseek_v4flash.serving.modes import Mode
+from .messages import Turn, read_messages
+from .modes import Mode
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -24,7 +24,7 @@ THINK = "<think>"
 END_THINK = "</think>"
 DSML = "｜DSML｜"
 
-# DeepSeek's wording, to the letter: the weights were trained on it.
+# DeepSeek's exact wording, on which the weights were trained.
 _TOOLS = f"""## Tools
 
 You have access to a set of tools to help answer the user's question. You can invoke tools by writing a \
@@ -68,29 +68,32 @@ def encode_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> str:
-    """The prompt of a conversation.
+    """The text of the prompt for a conversation.
 
     Args:
         messages: in the form of the OpenAI API; see `messages.read_messages`.
-        mode: of this request, which also opens the answer.
+        mode: the request's reasoning mode, which also decides the token that opens the answer.
         tools: in the form of the OpenAI API, or their bare `function` objects.
-        response_format: a JSON schema to show to the model, behind the system text.
-        drop_thinking: leave out the reasoning of turns before the last user turn. Tools keep it in any case, as the
-            model continues its thoughts across calls.
+        response_format: a JSON schema to show to the model, after the system text.
+        drop_thinking: leave out the reasoning of turns before the last user turn. With tools it is always kept, because
+            the model continues its reasoning across calls.
         add_generation_prompt: end with the token that opens the answer.
-        continue_final_message: leave the last message, an assistant's, open, so that the model continues it.
+        continue_final_message: leave the last message, an assistant's, open so that the model continues it.
 
     Raises:
-        ValueError: what is wrong with the messages or the tools, and what is allowed.
+        ValueError: naming what is wrong with the messages or the tools, and the fix.
     """
     turns = read_messages(messages)
     last_is_assistant = turns[-1].role == "assistant"
     if continue_final_message and not last_is_assistant:
-        raise ValueError(f"continue_final_message needs a last message by the assistant; it is by {turns[-1].role!r}.")
+        raise ValueError(
+            f"continue_final_message=True: the last message is the {turns[-1].role}'s, and only the assistant's can be "
+            f"continued. End with an assistant message, or leave continue_final_message out."
+        )
     if last_is_assistant and add_generation_prompt and not continue_final_message:
         raise ValueError(
-            "The last message is the assistant's, so there is nothing to answer: end with a user or tool message, or "
-            "set continue_final_message (with add_generation_prompt false) to have it continued."
+            "messages[-1].role='assistant': there is nothing to answer. End with a user or tool message, or set "
+            "continue_final_message (with add_generation_prompt false) to have the message continued."
         )
     _attach_to_system(turns, tools, response_format)
     keep_thinking = mode.thinking and (not drop_thinking or bool(tools))
@@ -111,17 +114,17 @@ def encode_chat(
 
 
 def _is_answered(role: str, following: str | None, add_generation_prompt: bool) -> bool:
-    """Whether the assistant's token comes behind this turn; `following` is the next turn's role."""
+    """Whether the assistant's token follows this turn; `following` is the next turn's role."""
     if role == "latest_reminder":
         return False
     if following is None:
         return add_generation_prompt
-    # The encoders open the answer before a reminder that comes behind the user's text.
+    # DeepSeek's encoders open the answer before a reminder that follows the user's text.
     return following == "assistant" or (role == "user" and following == "latest_reminder")
 
 
 def _attach_to_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None, response_format: Any) -> None:
-    """Append the tools and the response format to the first system turn, made where there is none."""
+    """Append the tools and the response format to the first system turn, inserting one if there is none."""
     if not tools and response_format is None:
         return
     system = next((turn for turn in turns if turn.role == "system"), None)
@@ -135,22 +138,24 @@ def _attach_to_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | No
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model sees of a tool, in one order whoever asks: the server reorders what `LLM.chat` hands on as it is.
+    """What the model sees of a tool: always in the same order, which `LLM.chat` keeps and vLLM's server changes.
 
-    Unset fields are left out, where vLLM's server makes them null.
+    Unset fields are left out; vLLM's server sets them to null.
     """
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"A tool needs a function with a name; got {tool!r}.")
+        raise ValueError(
+            f'tools[]={tool!r}: has no function with a name. Send {{"type": "function", "function": {{"name": ...}}}}.'
+        )
     return {name: function[name] for name in _FUNCTION_FIELDS if function.get(name) is not None}
 
 
 def _answer(turn: Turn, thinks: bool) -> str:
-    """An assistant's turn behind its opening token."""
+    """An assistant's turn, after the token that opens it."""
     text = (turn.reasoning + END_THINK if thinks else "") + turn.text
     if not turn.calls:
         return text
-    # The blank line before the calls belongs to the format, and output parsers leave it on the text.
+    # The blank line before the calls belongs to the format; output parsers leave it on the text.
     text = text.removesuffix("\n\n")
     calls = "\n".join(
         f'<{DSML}invoke name="{call.name}">\n{_parameters(call.arguments)}\n</{DSML}invoke>' for call in turn.calls

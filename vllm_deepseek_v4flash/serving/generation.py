@@ -1,35 +1,35 @@
-"""Which generation of weights a checkpoint is: its shipped encoder says so.
+"""Which generation of weights a checkpoint holds, from the encoder that it ships.
 
-config.json, tokenizer.json and tokenizer_config.json are the same for all of them, and `dspark_*` keys are in April's
-DSpark preview as well as in 0731.
+Nothing else tells: config.json, tokenizer.json and tokenizer_config.json are the same for all, and both April's DSpark
+preview and 0731 have `dspark_*` keys.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_deepseek_v4flash.serving.modes import Generation
+from .modes import Generation
 
 ENCODER = "encoding/encoding_dsv4.py"
 
-# What each encoder puts before a prompt. 0731's has both texts, so it comes first.
-_SIGNS = (("Beyond maximum", Generation.JULY), ("Absolute maximum", Generation.APRIL))
+# A text of each encoder. 0731's contains both, so it comes first.
+_MARKERS = (("Beyond maximum", Generation.JULY), ("Absolute maximum", Generation.APRIL))
 
 
 def detect_generation(model: str, revision: str | None = None) -> tuple[Generation | None, str]:
-    """The generation of a checkpoint and the reason; None where its files do not tell.
+    """The generation of a checkpoint and the reason; None if its files do not tell.
 
     Args:
-        model: a directory, or the name of a repository on the hub, of which only the encoder is fetched.
-        revision: of the repository.
+        model: a directory, or a repository on the hub, from which only the encoder is fetched.
+        revision: the revision of the repository.
     """
     text = _read_encoder(model, revision)
     if text is None:
         return None, f"it has no {ENCODER}"
-    for sign, generation in _SIGNS:
-        if sign in text:
-            return generation, f'its {ENCODER} has the text "{sign}"'
-    return None, f"its {ENCODER} has none of the known texts"
+    for marker, generation in _MARKERS:
+        if marker in text:
+            return generation, f'its {ENCODER} contains "{marker}"'
+    return None, f"its {ENCODER} contains none of the known texts"
 
 
 def _read_encoder(model: str, revision: str | None) -> str | None:
@@ -38,8 +38,8 @@ def _read_encoder(model: str, revision: str | None) -> str | None:
         path = directory / ENCODER
         content = path.read_bytes() if path.is_file() else None
     else:
-        from vllm_deepseek_v4flash.serving.compat import get_hf_file_bytes
+        from .compat import get_hf_file_bytes
 
         content = get_hf_file_bytes(ENCODER, model, revision)
-    # A file in another encoding is a file without the known texts.
+    # A file that is not UTF-8 does not contain the known texts either.
     return None if content is None else content.decode("utf-8", errors="replace")

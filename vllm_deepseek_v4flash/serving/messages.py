@@ -1,4 +1,4 @@
-"""Chat messages as clients send them, checked and reduced to the turns that V4's format knows."""
+"""Chat messages in the form of the OpenAI API, checked and reduced to the turns of V4's format."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class Turn:
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """Turns of a conversation in the form of the OpenAI API.
+    """The turns of a conversation.
 
-    A developer message is a system message. Tool results become a user turn, in the order of their calls; user
-    messages and tool results that follow each other are one user turn, joined by a blank line. The content is a
-    string or a list of text parts, which are joined the same way (a tool's by a line break), and None only from the
-    assistant, whose reasoning is `reasoning` or `reasoning_content`.
+    A developer message is a system message. Tool results become a user turn, in the order of their calls; consecutive
+    user messages and tool results are one user turn, joined by a blank line. The content is a string or a list of text
+    parts, which are joined the same way (a tool's by a line break). Only the assistant's may be None; its reasoning is
+    `reasoning` or `reasoning_content`.
 
     Raises:
-        ValueError: the message (by its index), what is wrong with it, and what is allowed.
+        ValueError: naming the message by its index, what is wrong with it, and the fix.
     """
     if not messages:
-        raise ValueError("messages is empty; a conversation needs at least one message.")
+        raise ValueError("messages=[]: a conversation needs a message. Send at least one.")
     turns: list[Turn] = []
     results: list[tuple[int, str]] = []  # (rank of the call, text) of the tool messages since the last call
     pending: list[Call] = []
-    parts: list[str | None] = []  # of the user turn being read; None stands for a tool result
+    parts: list[str | None] = []  # of the user turn being read; None marks the place of a tool result
     for index, message in enumerate(messages):
         role = _role(index, message)
         text = _text(index, message, optional=role == "assistant")
@@ -67,7 +67,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
 
 
 def _close_user_turn(turns: list[Turn], parts: list[str | None], results: list[tuple[int, str]]) -> None:
-    """Move what was read of a user turn to `turns`: texts keep their places, results share theirs by call order."""
+    """Append the user turn read so far: texts keep their places, results fill theirs in the order of their calls."""
     if not parts:
         return
     ordered = iter([text for _, text in sorted(results, key=lambda result: result[0])])
@@ -78,13 +78,13 @@ def _close_user_turn(turns: list[Turn], parts: list[str | None], results: list[t
 
 def _role(index: int, message: Any) -> str:
     if not isinstance(message, Mapping):
-        raise ValueError(f"messages[{index}] is {message!r}; it must be an object with a role and a content.")
+        raise ValueError(f"messages[{index}]={message!r}: must be an object. Give it a role and a content.")
     role = message.get("role")
     if role not in ROLES:
-        raise ValueError(f"messages[{index}].role is {role!r}; it must be one of {', '.join(ROLES)}.")
-    for key, mend in (("tools", "pass the request's tools"), ("task", "leave it out")):
+        raise ValueError(f"messages[{index}].role={role!r}: unknown role. Use one of {', '.join(ROLES)}.")
+    for key, fix in (("tools", "Set the request's tools"), ("task", "Remove it")):
         if message.get(key):
-            raise ValueError(f"messages[{index}].{key} is not part of the chat API that is served here: {mend}.")
+            raise ValueError(f"messages[{index}].{key}={message[key]!r}: not part of a message in this API. {fix}.")
     return str(role)
 
 
@@ -95,21 +95,19 @@ def _text(index: int, message: Mapping[str, Any], optional: bool) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise ValueError(f"messages[{index}].content is {content!r}; it must be a string or a list of text parts.")
-    # vLLM joins the parts of a tool's result by one line break before they come here from a server.
-    return ("\n" if message["role"] == "tool" else "\n\n").join(_part(index, part) for part in content)
+        raise ValueError(f"messages[{index}].content={content!r}: unsupported type. Send a string or text parts.")
+    # Separators as in vLLM's server, which joins the parts of a tool's result by one line break before this is called.
+    separator = "\n" if message["role"] == "tool" else "\n\n"
+    return separator.join(_part(f"messages[{index}].content[{number}]", part) for number, part in enumerate(content))
 
 
-def _part(index: int, part: Any) -> str:
+def _part(where: str, part: Any) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else part
-    raise ValueError(
-        f"messages[{index}].content has a part of type {kind!r}; this model reads text only: "
-        f'{{"type": "text", "text": ...}}.'
-    )
+    raise ValueError(f'{where}.type={kind!r}: this model reads text only. Send {{"type": "text", "text": ...}}.')
 
 
 def _reasoning(index: int, message: Mapping[str, Any]) -> str:
@@ -117,7 +115,7 @@ def _reasoning(index: int, message: Mapping[str, Any]) -> str:
     if reasoning is None:
         reasoning = message.get("reasoning_content")
     if not isinstance(reasoning, str | None):
-        raise ValueError(f"messages[{index}].reasoning is {reasoning!r}; it must be a string.")
+        raise ValueError(f"messages[{index}].reasoning={reasoning!r}: must be a string. Send it as it was received.")
     return reasoning or ""
 
 
@@ -131,31 +129,34 @@ def _calls(index: int, message: Mapping[str, Any]) -> list[Call]:
 def _call(where: str, call: Any) -> Call:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{where} is {call!r}; it needs a function with a name and arguments.")
+        raise ValueError(f"{where}={call!r}: has no function with a name. Send the call as it was received.")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError as error:
-            raise ValueError(f"{where}.function.arguments is not JSON ({error}): {arguments!r}.") from error
+            raise ValueError(
+                f"{where}.function.arguments={arguments!r}: not JSON ({error}). Send the arguments as a JSON object."
+            ) from error
     if not isinstance(arguments, Mapping | None):
-        raise ValueError(f"{where}.function.arguments is {arguments!r}; it must be a JSON object.")
+        raise ValueError(f"{where}.function.arguments={arguments!r}: not a JSON object. Send one, or its text.")
     return Call(call.get("id"), function["name"], arguments or {})
 
 
 def _rank(index: int, message: Mapping[str, Any], pending: Sequence[Call], position: int) -> int:
-    """The place of the call that a tool message answers; without ids, that of the message among its like."""
+    """The index of the call that a tool message answers; without ids, its position among the tool messages."""
     call_id = message.get("tool_call_id")
     ids = [call.id for call in pending]
     if not ids:
         raise ValueError(
-            f"messages[{index}] is a tool result (tool_call_id {call_id!r}) that no call precedes: it must follow an "
+            f"messages[{index}].tool_call_id={call_id!r}: no call precedes this tool result. Send it after an "
             f"assistant message with tool_calls."
         )
     if not call_id or not any(ids):
         return position
     if call_id not in ids:
         raise ValueError(
-            f"messages[{index}].tool_call_id is {call_id!r}; the calls before it are {', '.join(map(repr, ids))}."
+            f"messages[{index}].tool_call_id={call_id!r}: not the id of a call before it. Use one of "
+            f"{', '.join(map(repr, ids))}."
         )
     return ids.index(call_id)

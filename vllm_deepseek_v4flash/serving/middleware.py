@@ -1,9 +1,10 @@
-"""What vLLM's server does in silence and should not, as ASGI middlewares that an operator adds by a flag:
+"""ASGI middlewares, which an operator adds with a flag, for two things that vLLM's server passes over silently:
 
     vllm serve DIR --middleware vllm_deepseek_v4flash.serving.middleware.StrictRequests \\
         --middleware vllm_deepseek_v4flash.serving.middleware.FailWithEngine
 
-vLLM shows a plugin neither a request before it is merged nor its exit status, so that none of this can be on by itself.
+They cannot be on by default: vLLM gives a plugin access neither to a request before its defaults are merged nor to the
+exit status.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import atexit
 import functools
 import json
 import os
+import reprlib
 import sys
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -29,37 +31,41 @@ THINKING = {"enabled": True, "disabled": False}
 
 @functools.cache
 def known_parameters(path: str) -> frozenset[str]:
-    """What vLLM reads of a request to `path`, and of a chat the `thinking` of DeepSeek's hosted API."""
-    from vllm_deepseek_v4flash.serving.compat import ChatCompletionRequest, CompletionRequest
+    """The parameters that vLLM reads at `path`, and for chats the `thinking` of DeepSeek's hosted API."""
+    from .compat import ChatCompletionRequest, CompletionRequest
 
     fields = (ChatCompletionRequest if path == CHAT else CompletionRequest).model_fields
     aliases = {field.alias for field in fields.values() if field.alias}
     return frozenset({*fields, *aliases} | ({"thinking"} if path == CHAT else set()))
 
 
-def settle(path: str, body: dict[str, Any]) -> dict[str, Any]:
+def normalize(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The request as vLLM should see it.
 
-    `thinking: {"type": "disabled"}`, as DeepSeek's hosted API has it, becomes vLLM's switch, and of two efforts that
-    differ "none" wins, where vLLM drops the one in `chat_template_kwargs`.
+    The `thinking: {"type": "disabled"}` of DeepSeek's hosted API becomes vLLM's switch. Of two different efforts "none"
+    wins, even in `chat_template_kwargs`, where vLLM would drop it.
 
     Raises:
-        ValueError: parameters that vLLM would ignore, or a `thinking` of another form.
+        ValueError: for parameters that vLLM would ignore, or a `thinking` of another form.
     """
     unknown = sorted(body.keys() - known_parameters(path))
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not a parameter of {path}. Leave out what is not known here.")
+        listed = ", ".join(f"{name}={reprlib.repr(body[name])}" for name in unknown)
+        raise ValueError(f"{listed}: unknown to {path}. Remove what is unknown from the request.")
     if path != CHAT:
         return body
     body = dict(body)
     thinking, inside = body.pop("thinking", None), body.get("chat_template_kwargs") or {}
     if not isinstance(inside, dict):
-        return body  # vLLM says what is wrong with it
+        return body  # vLLM refuses it
     if thinking is not None:
         kind = thinking.get("type") if isinstance(thinking, dict) else None
         if not isinstance(kind, str) or kind not in THINKING:
-            raise ValueError(f'thinking is {thinking!r}; it must be {{"type": "enabled"}} or {{"type": "disabled"}}.')
-        # An explicit "do not think" inside stays.
+            raise ValueError(
+                f"thinking={reprlib.repr(thinking)}: unsupported form. "
+                f'Send {{"type": "enabled"}} or {{"type": "disabled"}}.'
+            )
+        # An explicit "do not think" in chat_template_kwargs is kept.
         switch = THINKING[kind] and inside.get("thinking") is not False
         body["chat_template_kwargs"] = inside = {**inside, "thinking": switch}
     if inside.get("reasoning_effort") == "none":
@@ -68,7 +74,7 @@ def settle(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 class StrictRequests:
-    """Answers requests with unknown parameters with status 400, and settles the switches of others (`settle`)."""
+    """Answers requests that have unknown parameters with status 400, and normalizes the others (`normalize`)."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -78,27 +84,27 @@ class StrictRequests:
         if scope["type"] != "http" or scope["method"] != "POST" or path not in (CHAT, COMPLETIONS):
             await self.app(scope, receive, send)
             return
-        content = await _read(receive)
+        content = await _read_body(receive)
         if content is None:
-            return  # the client has hung up
+            return  # the client has disconnected
         try:
             body = json.loads(content)
         except (ValueError, RecursionError):
             body = None
-        # What is no JSON object is vLLM's to refuse.
+        # vLLM itself refuses what is not a JSON object.
         if isinstance(body, dict):
             try:
-                content = json.dumps(settle(path, body)).encode()
+                content = json.dumps(normalize(path, body)).encode()
             except ValueError as error:
                 await _refuse(send, str(error))
                 return
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
-        await self.app(scope, _again(content, receive), send)
+        await self.app(scope, _replay_body(content, receive), send)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The whole body of a request; None where it is broken off."""
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body of a request; None if the client disconnects before its end."""
     content = b""
     while True:
         message = await receive()
@@ -109,8 +115,8 @@ async def _read(receive: Receive) -> bytes | None:
             return content
 
 
-def _again(content: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body, and then what comes behind it: that the client hangs up."""
+def _replay_body(content: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body, and then the messages that follow it, such as a disconnect."""
     unread: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -128,7 +134,7 @@ async def _refuse(send: Send, reason: str) -> None:
 
 
 class FailWithEngine:
-    """Makes 1 of the exit status of a server whose engine has died; vLLM ends such a server with status 0."""
+    """Sets the exit status of a server whose engine has died to 1; vLLM ends such a server with status 0."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -138,24 +144,24 @@ class FailWithEngine:
             message = await receive()
             if (
                 message["type"] == "lifespan.shutdown"
-                and _ends_by_itself()
+                and not _ended_by_signal()
                 and scope["app"].state.engine_client.errored
             ):
-                threading.Thread(target=_exit_behind_the_main_thread, name="exit status").start()
+                threading.Thread(target=_exit_after_main_thread, name="exit status").start()
             return message
 
         await self.app(scope, receive_and_look if scope["type"] == "lifespan" else receive, send)
 
 
-def _ends_by_itself() -> bool:
-    """Not by a signal, on which vLLM ends the engine and cancels uvicorn's `serve` before the application is told."""
-    return any(getattr(task.get_coro(), "__name__", "") == "serve" for task in asyncio.all_tasks())
+def _ended_by_signal() -> bool:
+    """Whether a signal ends the server: vLLM then cancels uvicorn's `serve` before the application is told."""
+    return all(getattr(task.get_coro(), "__name__", "") != "serve" for task in asyncio.all_tasks())
 
 
-def _exit_behind_the_main_thread() -> None:
-    """End the process with status 1 once its main thread has done all it does, the engine's end included.
+def _exit_after_main_thread() -> None:
+    """End the process with status 1 once its main thread has finished, including the shutdown of the engine.
 
-    Python has set the status by then, and offers no other way to change it. What it would do next is done here.
+    By then Python has set the status and offers no other way to change it. What it would do next is done here.
     """
     threading.main_thread().join()
     atexit._run_exitfuncs()

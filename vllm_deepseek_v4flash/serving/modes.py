@@ -1,7 +1,7 @@
-"""Reasoning modes: what each generation of V4 weights was trained with, and what a request asks for.
+"""Reasoning modes: those that each generation of V4 weights was trained with, and the one that a request selects.
 
-A mode is a text before the prompt and the token that opens the answer, `<think>` or `</think>`. Both generations
-have three, not the same three (DeepSeek's model cards and the encoders shipped with the weights):
+A mode is a text before the prompt and the token that opens the answer, `<think>` or `</think>`. Each generation has
+three, and they differ (source: DeepSeek's model cards and the encoders shipped with the weights):
 
 | request's effort | April (preview, Pro, DSpark) | 0731             |
 |------------------|------------------------------|------------------|
@@ -22,7 +22,7 @@ from typing import Any
 
 
 class Generation(enum.Enum):
-    """The post-training of a checkpoint, which its chat encoding follows."""
+    """The post-training of a checkpoint, which decides its chat encoding."""
 
     APRIL = "april"
     JULY = "0731"
@@ -30,14 +30,14 @@ class Generation(enum.Enum):
 
 @dataclass(frozen=True)
 class Mode:
-    """One reasoning mode: `text` goes right behind the BOS, `thinking` says which token opens the answer."""
+    """One reasoning mode: `text` follows the BOS, and `thinking` decides which token opens the answer."""
 
     name: str
     thinking: bool
     text: str = ""
 
 
-# DeepSeek's wording, to the letter: the weights were trained on it.
+# DeepSeek's exact wording, on which the weights were trained.
 _ABSOLUTE = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
@@ -73,19 +73,19 @@ MODES: Mapping[Generation, Mapping[str, Mode]] = {
 def select_mode(
     generation: Generation, *, thinking: Any = None, enable_thinking: Any = None, reasoning_effort: Any = None
 ) -> Mode:
-    """The mode of a request; the arguments are the request's, None where it does not set them.
+    """The mode that a request selects; an argument is None if the request does not set it.
 
-    An explicit "do not think" wins over everything else: `thinking=False`, `enable_thinking=False` or the effort
-    "none". Otherwise the effort decides, and without one DEFAULT_EFFORT, as in DeepSeek's hosted API.
+    An explicit "do not think" overrides everything else: `thinking=False`, `enable_thinking=False` or the effort
+    "none". Otherwise the effort decides; the default is DEFAULT_EFFORT, the same as in DeepSeek's hosted API.
 
     Raises:
-        ValueError: a switch that is no boolean, or an unknown effort.
+        ValueError: for a switch that is not a boolean, or an unknown effort.
     """
     for name, value in (("thinking", thinking), ("enable_thinking", enable_thinking)):
         if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}; it must be true or false.")
+            raise ValueError(f"{name}={value!r}: not a boolean. Use true or false.")
     if reasoning_effort is not None and reasoning_effort not in EFFORTS:
-        raise ValueError(f"reasoning_effort is {reasoning_effort!r}; it must be one of {', '.join(EFFORTS)}.")
+        raise ValueError(f"reasoning_effort={reasoning_effort!r}: unknown effort. Use one of {', '.join(EFFORTS)}.")
     if thinking is False or enable_thinking is False:
         return NON_THINK
     return MODES[generation][reasoning_effort or DEFAULT_EFFORT]

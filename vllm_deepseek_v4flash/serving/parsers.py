@@ -1,6 +1,6 @@
-"""vLLM's reasoning and tool parsers for V4, mended where they lose what the model wrote (docs/serving.md lists it).
+"""vLLM's reasoning and tool parsers for V4, fixed where they lose what the model wrote (listed in docs/serving.md).
 
-They take vLLM's own name `deepseek_v4`, so that the flags are the ones that everybody uses.
+They take vLLM's own name `deepseek_v4`, so the usual flags select them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_deepseek_v4flash.serving.compat import (
+from .compat import (
     DeepSeekV4Parser,
     ParserEngineReasoningAdapter,
     ParserEngineToolAdapter,
@@ -24,8 +24,8 @@ from vllm_deepseek_v4flash.serving.compat import (
     extract_types_from_schema,
     find_tool_properties,
 )
-from vllm_deepseek_v4flash.serving.encoding import DSML
-from vllm_deepseek_v4flash.serving.modes import select_mode
+from .encoding import DSML
+from .modes import select_mode
 
 _PARAMETER = re.compile(rf'<{DSML}parameter\s+name="([^"]+)"(?:\s+string="([^"]*)")?\s*>')
 _WRAPPERS = {"arguments", "input"}
@@ -34,10 +34,10 @@ _END = f"</{DSML}parameter>"
 
 @functools.cache
 def parser_config(thinking: bool) -> Any:
-    """vLLM's state machine, in which thinking is the one block that opens the reply, returned as it was written.
+    """vLLM's state machine, in which thinking is only the block that opens the reply, returned as it was written.
 
-    A later `<think>` or `</think>` is text: of an answer or of a tool's parameter. Reasoning keeps the line breaks at
-    its end because in a tool loop it goes back into the prompt, whose cached prefix it must match.
+    A later `<think>` or `</think>` is text of the answer or of a tool's parameter. Reasoning keeps its trailing line
+    breaks, because a tool loop sends it back in a prompt that must match the cached prefix.
     """
     stock = deepseek_v4_config(thinking)
     transitions = {
@@ -49,13 +49,13 @@ def parser_config(thinking: bool) -> Any:
 
 
 def read_parameters(text: str, partial: bool) -> list[tuple[str, bool, str]]:
-    """`(name, is a string, value)` of each parameter in the inside of an invoke, each name once.
+    """`(name, is a string, value)` of each parameter inside an invoke, each name once.
 
-    A parameter whose end is missing goes on to the next one, or to the end of the invoke. The first of a name counts:
-    it has been streamed by the time another comes.
+    A parameter whose end tag is missing extends to the next one, or to the end of the invoke. Of several with one name
+    the first counts, because it has been streamed by the time another arrives.
 
     Args:
-        partial: the text goes on, so the last parameter may not be whole; it is returned if it is a string.
+        partial: more text follows, so the last parameter may be incomplete; it is returned if it is a string.
     """
     found: dict[str, tuple[bool, str]] = {}
     heads = list(_PARAMETER.finditer(text))
@@ -66,15 +66,15 @@ def read_parameters(text: str, partial: bool) -> list[tuple[str, bool, str]]:
         if not end:
             if partial and not is_string and head is heads[-1]:
                 break
-            # The line break before the next tag is the format's.
+            # The line break before the next tag belongs to the format.
             value = value.removesuffix("\n")
         found.setdefault(name, (is_string, value))
     return [(name, is_string, value) for name, (is_string, value) in found.items()]
 
 
 def convert_value(value: str, is_string: bool, schema: Any) -> Any:
-    """A parameter's value: as the model declared it, unless the tool's schema allows no value of that type."""
-    types = extract_types_from_schema(schema) if isinstance(schema, dict) and _says_type(schema) else ()
+    """A parameter's value in the type that the model declared, unless the tool's schema does not allow that type."""
+    types = extract_types_from_schema(schema) if isinstance(schema, dict) and _declares_type(schema) else ()
     if is_string:
         return value if not types or "string" in types else coerce_to_schema_type(value, types)
     try:
@@ -87,17 +87,17 @@ def convert_value(value: str, is_string: bool, schema: Any) -> Any:
 
 
 def _finite(number: str) -> float | str:
-    """JSON has no infinity to send on."""
+    """The number, or its text if it is infinite, which JSON cannot represent."""
     return float(number) if math.isfinite(float(number)) else number
 
 
-def _says_type(schema: dict[str, Any]) -> bool:
-    """vLLM takes a schema that names no type, a `$ref` for one, for a string's."""
+def _declares_type(schema: dict[str, Any]) -> bool:
+    """Whether a schema declares a type; vLLM treats one that does not, such as a `$ref`, as a string's."""
     return any(key in schema for key in ("type", "enum", "anyOf", "oneOf", "allOf"))
 
 
 def unwrap(arguments: dict[str, Any], properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments inside a single parameter `arguments` or `input`, as the model sometimes writes them."""
+    """The arguments inside a single parameter `arguments` or `input`, where the model sometimes writes them."""
     inner = next(iter(arguments.values()), None) if len(arguments) == 1 else None
     if isinstance(inner, str):
         with contextlib.suppress(ValueError):
@@ -108,9 +108,9 @@ def unwrap(arguments: dict[str, Any], properties: Mapping[str, Any]) -> dict[str
 class V4Parser(DeepSeekV4Parser):
     """vLLM's parser with `parser_config`, `read_parameters` and `convert_value`.
 
-    With one of our tokenizers, whether it starts in the thinking follows the request's mode, and an answer that is
-    continued is no thinking. vLLM's own rule differs from any encoding in which "do not think" wins: given
-    `thinking: false` and an effort, it takes the whole answer for thinking; and the rest of a continued answer, too.
+    With one of this package's tokenizers it starts in the thinking state if the request's mode thinks, and never for a
+    continued answer. vLLM's own rule contradicts an encoding in which "do not think" wins: it takes the whole answer
+    for thinking if a request sets `thinking: false` and an effort, or continues an answer.
     """
 
     parser_config = staticmethod(parser_config)
@@ -125,7 +125,7 @@ class V4Parser(DeepSeekV4Parser):
                 enable_thinking=request.get("enable_thinking"),
                 reasoning_effort=request.get("reasoning_effort"),
             )
-            # A message to be continued has its thoughts closed: the encoding cannot tell whole ones from cut ones.
+            # The encoding closes the reasoning of a continued message: it cannot tell whether it was cut off.
             continued = bool(request.get("continue_final_message"))
             kwargs["chat_template_kwargs"] = {"thinking": mode.thinking and not continued}
         super().__init__(tokenizer, tools, **kwargs)
@@ -139,23 +139,23 @@ class V4Parser(DeepSeekV4Parser):
         }
         if properties and arguments.keys() <= _WRAPPERS - properties.keys():
             if partial:
-                return ""  # until it is known what the wrapper holds, nothing can be sent
+                return ""  # nothing can be sent until the wrapper's content is complete
             arguments = unwrap(arguments, properties)
         return json.dumps(arguments, ensure_ascii=False)
 
     def _fix_arg_types(self, args_json: str, func_name: str) -> str:
-        """`convert_value` has seen to the types; vLLM's own second look has only the JSON."""
+        """`convert_value` has converted the types; vLLM's second pass sees only the JSON."""
         return args_json
 
 
 class V4ReasoningParser(ParserEngineReasoningAdapter):
-    """What `--reasoning-parser deepseek_v4` names."""
+    """The parser of `--reasoning-parser deepseek_v4`."""
 
     _parser_engine_cls = V4Parser
 
 
 class V4ToolParser(ParserEngineToolAdapter):
-    """What `--tool-call-parser deepseek_v4` names; `tool_choice` and strict tools are guided by the structural tag."""
+    """The parser of `--tool-call-parser deepseek_v4`; the structural tag guides `tool_choice` and strict tools."""
 
     _parser_engine_cls = V4Parser
     structural_tag_model = "deepseek_v4"

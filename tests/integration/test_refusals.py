@@ -1,0 +1,124 @@
+"""Options and checkpoints that are refused, with what to do, and their neighbors that are accepted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from testing.integration import engine_config, write_config
+from vllm_deepseek_v4flash.integration.switch import DISABLE_ENV
+
+# What and its value, why, what to do; vLLM puts its own words around what the hook for a model raises.
+TEMPLATE = re.compile(r"[-.\w\[\]]+=[^=]+: .+\. [A-Z].+\.")
+
+REFUSED = {
+    "ngram": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        {},
+        ["--speculative-config.method='ngram': ", "Start without --speculative-config", f"{DISABLE_ENV}=1"],
+    ),
+    "mtp": (
+        {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+        {},
+        ["--speculative-config.method='mtp': ", "Start without --speculative-config", f"{DISABLE_ENV}=1"],
+    ),
+    "fp8_e5m2": (
+        {"kv_cache_dtype": "fp8_e5m2"},
+        {},
+        ["--kv-cache-dtype=fp8_e5m2: ", "Use one of auto, float16", "start without --kv-cache-dtype"],
+    ),
+    "dcp": (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        {},
+        ["--decode-context-parallel-size=2: ", "Use 1"],
+    ),
+    "index cache": (
+        {"additional_config": {"index_cache_dtype": "fp6"}},
+        {},
+        ["--additional-config.index_cache_dtype=fp6: ", "Use one of auto, fp8, fp4, model."],
+    ),
+    "additional config": (
+        {"additional_config": {"index_cache_type": "fp4"}},
+        {},
+        [
+            "--additional-config={'index_cache_type': 'fp4'}: unknown keys",
+            "only 'index_cache_dtype' is supported. Remove",
+        ],
+    ),
+    "prompt embeds": (
+        {"enable_prompt_embeds": True},
+        {},
+        ["--enable-prompt-embeds=True: ", "Start without it", "token ids"],
+    ),
+    "tp": (
+        {"tensor_parallel_size": 2},
+        {"moe_intermediate_size": 33},
+        ["--tensor-parallel-size=2: does not divide moe_intermediate_size=33. Use a size that"],
+    ),
+    "tp+ep": (
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"n_routed_experts": 7},
+        ["--tensor-parallel-size=2: does not divide n_routed_experts=7. Use a size that"],
+    ),
+    "pcp": ({"prefill_context_parallel_size": 2}, {}, ["--prefill-context-parallel-size=2: ", "Use 1"]),
+    "dp+ep": (
+        {"data_parallel_size": 2, "enable_expert_parallel": True},
+        {},
+        ["--data-parallel-size=2: ", "--enable-expert-parallel", "Drop one of the two options"],
+    ),
+    "config value": (
+        {},
+        {"hc_mult": 0},
+        ["hc_mult=0: must be an integer >= 1. Correct it in the model's config.json."],
+    ),
+    "layer schedule": ({}, {"compress_ratios": [0, 8, 4, 128, 4, 0]}, ["compress_ratios[1]=8: ", "4 (CSA)"]),
+    "quantization": (
+        {},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        ["quantization='bitsandbytes': ", "it supports awq, gptq", f"{DISABLE_ENV}=1"],
+    ),
+    "--quantization": (
+        {"quantization": "bitsandbytes"},
+        {},
+        ["quantization='bitsandbytes': ", "it supports awq, gptq", f"{DISABLE_ENV}=1"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("arguments", "config", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(tmp_path, arguments, config, words):
+    """The option or key, its value, what to do instead; before any engine process starts."""
+    with pytest.raises(ValueError, match=r"\S") as refusal:
+        engine_config(write_config(tmp_path / "model", **config), **arguments)
+    message = str(refusal.value)
+    assert [word for word in words if word not in message] == []
+    assert TEMPLATE.search(message)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"])
+def test_row_formats_that_are_supported(tmp_path, dtype):
+    config = engine_config(write_config(tmp_path / "model"), kv_cache_dtype=dtype)
+    assert config.cache_config.cache_dtype == dtype
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    "arguments",
+    [{"tensor_parallel_size": 2, "enable_expert_parallel": True}, {"pipeline_parallel_size": 2}],
+    ids=["tp+ep", "pp"],
+)
+def test_parallelism_that_is_supported(tmp_path, arguments):
+    # Each half has a CSA and an HCA layer.
+    model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[4, 128, 0, 0, 128, 4, 0])
+    config = engine_config(model, **arguments)
+    assert {name: getattr(config.parallel_config, name) for name in arguments} == arguments
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_pipeline_stage_without_a_kind_of_layer_is_refused(tmp_path):
+    model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[0, 4, 128, 4, 4, 4, 0])
+    with pytest.raises(ValueError, match=r"stage 1, layers 3 to 5, has no HCA layer.*VLLM_PP_LAYER_PARTITION"):
+        engine_config(model, pipeline_parallel_size=2)
