@@ -145,7 +145,7 @@ def _trap(what: str, config: str, *breaks: Break, chunked: bool = False) -> Trap
 # 1 to 6: rotary embedding.
 ROPE = (
     _trap("YaRN's mscale in the softmax scale", "yarn",
-          _in(f"{_ATTENTION}._compute", ("scale=self.scale", "scale=self.scale * (1.277 if self.ratio else 1)"))),
+          _in(f"{_ATTENTION}.attend", ("scale=self.scale", "scale=self.scale * (1.277 if self.ratio else 1)"))),
     _trap("YaRN's mscale in cos and sin", "yarn",
           _in("layers.rotary:RotaryEmbedding.forward", ("self.inv_freq)", "self.inv_freq) * 1.277"))),
     _trap("YaRN on window layers", "yarn", _rope("rope_window", _main, _yarn)),
@@ -180,7 +180,7 @@ ROPE = (
           _op("rope_table", "positions[:, None].float() * inv_freq",
               "(positions[:, None].bfloat16() * inv_freq.bfloat16()).float()")),
     _trap("no inverse rotation of the output", "topk",
-          _in(f"{_ATTENTION}._compute", ("cos_sin=cos_sin", "cos_sin=None"))),
+          _in(f"{_ATTENTION}.attend", ("cos_sin=cos_sin", "cos_sin=None"))),
     _trap("the output rotated forward", "topk", _op("sparse_attention", "inverse=True", "inverse=False")),
     _trap("entries rotated at w", "streams3", _op("compress", "last - (ratio - 1)", "last // ratio")),
     _trap("entries rotated at their last token", "streams3", _op("compress", "last - (ratio - 1)", "last")),
@@ -231,12 +231,12 @@ ATTENTION = (
           _op("qnorm_rope_kv_insert", "rms_norm(q, None, eps)",
               "q * torch.rsqrt(q[..., :-cos_sin.shape[1]].square().mean(-1, keepdim=True) + eps)")),
     _trap("query heads normed with a weight", "topk",
-          _in(f"{_ATTENTION}._compute", ("qnorm_rope_kv_insert(q, ", "qnorm_rope_kv_insert(self.kv_norm(q), "))),
+          _in(f"{_ATTENTION}.attend", ("qnorm_rope_kv_insert(q, ", "qnorm_rope_kv_insert(self.kv_norm(q), "))),
     _trap("no norm of the kv row", "topk",
-          _in(f"{_ATTENTION}._compute", ("self.kv_norm(kv)", "kv"))),
+          _in(f"{_ATTENTION}.attend", ("self.kv_norm(kv)", "kv"))),
     _trap("output groups of strided heads", "odd",
-          _in(f"{_ATTENTION}.forward",
-              ("o.view(x.shape[0], self.groups, self.heads // self.groups * self.dim)",
+          _in(f"{_ATTENTION}.project_out",
+              ("o.view(o.shape[0], self.groups, self.heads // self.groups * self.dim)",
                "o.unflatten(1, (-1, self.groups)).transpose(1, 2).flatten(2)"))),
     _trap("norms without their eps", "streams3",
           _op("rms_norm", "keepdim=True) + eps", "keepdim=True)")),
@@ -276,7 +276,8 @@ COMPRESSOR = (
     _trap("entries not normed", "streams3",
           _op("compress", "apply_rope(rms_norm(pooled, norm_weight, eps), cos_sin)", "apply_rope(pooled, cos_sin)")),
     _trap("compressor projections and router in bf16", "mixed",
-          _op("linear_fp32", "F.linear(x.float(), weight.float())", _BF16)),
+          _op("linear_fp32", "F.linear(x.float(), weight.float())", _BF16),
+          _op("merged_linear", "F.linear(x.float(), weight.float())", _BF16)),
 )  # fmt: skip
 
 # 17: the indexer.

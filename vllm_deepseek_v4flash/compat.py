@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
     LinearMethodBase,
+    MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,

@@ -22,6 +22,7 @@ from .compat import (
     ParallelLMHead,
     VllmConfig,
     VocabParallelEmbedding,
+    eager_break_during_capture,
     extract_layer_index,
     get_pp_group,
     make_layers,
@@ -30,11 +31,13 @@ from .compat import (
 from .config import DeepseekV4Config, LayerKind
 from .kv_cache.formats import CacheFormats
 from .kv_cache.layer_caches import LayerCaches
-from .kv_cache.replay import StepReplay, replays
+from .kv_cache.step_replay import StepReplay
 from .layers.attention import DeepseekV4Attention
 from .layers.hyper_connections import HyperConnection, Residual, merge_streams, mixing_parameters
+from .layers.methods import Unpacked
 from .layers.moe import MoE
 from .layers.norm import RMSNorm
+from .layers.projections import merged_parts, packed_modules_mapping
 from .layers.rotary import RotaryEmbedding
 from .log import logger_name
 from .ops.dispatch import describe, prepare
@@ -50,12 +53,15 @@ class DeepseekV4DecoderLayer(nn.Module):
         layer = extract_layer_index(prefix)
         self.kind = config.layer_kinds[layer]
         registry = vllm_config.compilation_config.static_forward_context
-        caches = LayerCaches(
+        self.caches = LayerCaches(
             config, layer, formats, max_model_len=vllm_config.model_config.max_model_len,
             prefix=f"{prefix}.attn", registry=registry,
         )  # fmt: skip
-        quant_config = vllm_config.quant_config
-        self.attn = DeepseekV4Attention(config, layer, caches, quant_config=quant_config, prefix=f"{prefix}.attn")
+        quant_config = vllm_config.quant_config or Unpacked()
+        self.attn = DeepseekV4Attention(config, layer, quant_config=quant_config, prefix=f"{prefix}.attn")
+        # Piecewise CUDA graphs stop before this and go on after it. vLLM's decorator asks once whether they are wanted,
+        # and knows when the model is built.
+        self.attend = eager_break_during_capture(self._attend)
         self.ffn = MoE(
             config,
             layer,
@@ -78,9 +84,25 @@ class DeepseekV4DecoderLayer(nn.Module):
     ) -> Residual:
         """Attend, then visit the experts; cos_sin [T, R] and inv_freq [R/2] are those of the layer's kind."""
         x, residual = self.attn_hc.enter(residual)
-        residual = residual.leave(self.attn(x, positions, cos_sin, inv_freq))
+        o = x.new_empty(x.shape[0], self.attn.heads, self.attn.dim)
+        self.attend(x, positions, cos_sin, inv_freq, o)
+        residual = residual.leave(self.attn.project_out(o))
         x, residual = self.ffn_hc.enter(residual)
         return residual.leave(self.ffn(x, input_ids))
+
+    def _attend(
+        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv_freq: torch.Tensor, o: torch.Tensor
+    ) -> None:
+        """Put what the tokens attend to into `o` [T, local heads, head_dim]; zeros for padding.
+
+        The caches, and with them the number of tokens, are those of the step in which this is called.
+        """
+        n = 0
+        for step in self.caches.steps(positions):
+            n = step.positions.shape[0]
+            self.attn.attend(x[:n], cos_sin[:n], inv_freq, step, o[:n])
+        if n < x.shape[0]:
+            o[n:].zero_()
 
 
 class DeepseekV4Model(nn.Module):
@@ -109,10 +131,9 @@ class DeepseekV4Model(nn.Module):
         if stage.is_last_rank:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             mixing_parameters(self, "hc_head", config, head=True)
-        self.replay: StepReplay | None = None
-        if replays(vllm_config):
-            caches = [cache for layer in self.layers for cache in layer.attn.caches.caches.values()]
-            self.replay = StepReplay(self.compute, caches, vllm_config.model_config.max_model_len)
+        layers = self.layers[self.start_layer : self.end_layer]
+        caches = [cache for layer in layers for cache in layer.caches.caches.values()]
+        self.steps = StepReplay(self.compute, caches, vllm_config)
 
     def forward(
         self,
@@ -122,9 +143,7 @@ class DeepseekV4Model(nn.Module):
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor | IntermediateTensors:
         """Token ids and positions [T] to [T, hidden], or to the streams [T, hc_mult, hidden] between stages."""
-        if self.replay is not None and input_ids is not None and inputs_embeds is None:
-            return self.replay(input_ids, positions)
-        return self.compute(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return self.steps(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute(
         self,
@@ -169,6 +188,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         # V4's head is fp32 (docs/model.md, "Head").
         self.logits_processor.head_dtype = torch.float32
+        self.packed_modules_mapping = packed_modules_mapping(self)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] to [T, hidden]."""
@@ -197,12 +217,11 @@ class DeepseekV4ForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint under any of its names; returns the names of the parameters that were filled."""
-        if self.model.replay is not None:
-            self.model.replay.steps.clear()
+        self.model.steps.forget()
         stage, layers = get_pp_group(), range(self.model.start_layer, self.model.end_layer)
         experts = self.model.layers[layers.start].ffn.experts
         return load_weights(
             self, self.config, weights, local_layers=layers, local_experts=experts.held,
             first_stage=stage.is_first_rank, last_stage=stage.is_last_rank,
-            packed=getattr(self.quant_config, "plan", None),
+            packed=getattr(self.quant_config, "plan", None), merged=merged_parts(self),
         )  # fmt: skip

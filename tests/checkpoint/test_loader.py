@@ -252,3 +252,46 @@ def test_a_router_bias_where_none_belongs_is_unexpected_not_quantised(tensors: d
     assert f"unexpected: {stray}" in str(error.value)
     assert "quantised" not in str(error.value)
     assert "gate.weight" not in str(error.value)
+
+
+MERGED = "model.layers.1.attn.fused_wqa_wkv"
+PARTS = {"layers.1.attn.wq_a": (MERGED, 0), "layers.1.attn.wkv": (MERGED, 1)}
+
+
+def _merged_model() -> FakeModel:
+    """Layer 1's wq_a and wkv are rows of one parameter."""
+    model = FakeModel(CONFIG)
+    rows = []
+    for module in PARTS:
+        owner = model.get_submodule(f"model.{module}")
+        rows.append(owner.weight.shape[0])
+        del owner._parameters["weight"]
+    parameter = model.add(f"{MERGED}.weight", (sum(rows), CONFIG.hidden_size))
+
+    def place(parameter: torch.nn.Parameter, tensor: torch.Tensor, part: int) -> None:
+        parameter.data.split(rows)[part].copy_(tensor)
+
+    parameter.weight_loader = place
+    return model
+
+
+def test_a_merged_layer_takes_its_parts(tensors: dict[str, torch.Tensor]) -> None:
+    model = _merged_model()
+    filled = load_weights(model, CONFIG, tensors.items(), merged=PARTS)
+    assert filled == set(dict(model.named_parameters()))
+    assert f"{MERGED}.weight" in filled
+    expected = torch.cat([tensors[f"{module}.weight"] for module in PARTS])
+    assert torch.equal(model.get_submodule(MERGED).weight, expected.float())
+
+
+def test_a_missing_part_of_a_merged_layer_is_reported(tensors: dict[str, torch.Tensor]) -> None:
+    rest = {name: tensor for name, tensor in tensors.items() if name != WQ_A}
+    with pytest.raises(CheckpointError, match=f"missing: {WQ_A}"):
+        load_weights(_merged_model(), CONFIG, rest.items(), merged=PARTS)
+
+
+def test_a_merged_parameter_needs_a_loader(tensors: dict[str, torch.Tensor]) -> None:
+    model = _merged_model()
+    del model.get_submodule(MERGED).weight.weight_loader
+    with pytest.raises(TypeError, match=f"{MERGED}.weight has no weight_loader to place the rows of"):
+        load_weights(model, CONFIG, tensors.items(), merged=PARTS)

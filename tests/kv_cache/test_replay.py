@@ -7,7 +7,7 @@ import torch
 
 from testing import engine, tiny
 from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError
-from vllm_deepseek_v4flash.kv_cache import replay
+from vllm_deepseek_v4flash.ops.cpu import replay
 from vllm_deepseek_v4flash.ops.cpu.recording import Recording
 
 LENGTHS = (1010, 3, 150)
@@ -47,14 +47,14 @@ def test_replayed_steps_are_the_same(name, tmp_path, replays, monkeypatch):
         expected = engine.decode(llm, asked, 40)
     assert replays["replays"] == 0
     with engine.running(path, **options) as llm:
-        steps = llm.apply_model(lambda model: model.model.replay)[0].steps
+        steps = llm.apply_model(lambda model: model.model.steps)[0].replays.recorded
         for _ in range(2):
             # Other blocks and slots the second time, and other numbers of tokens a step in between.
             assert same(engine.decode(llm, asked, 40), expected)
             assert same(engine.decode(llm, asked[1:2], 40), engine.decode(llm, asked[1:2], 40))
         assert {tokens for tokens, _ in steps} >= {1, 3}
         assert {bound for tokens, bound in steps if tokens == 3} == {1024, 2048}
-        assert not any(step.recording.obstacle for step in steps.values() if step is not None)
+        assert not any(call.recording.obstacle for call in steps.values() if call is not None)
         assert replays["replays"] > 150
         monkeypatch.setattr(replay, "MOST_BYTES", 0)
         steps.clear()
@@ -62,7 +62,7 @@ def test_replayed_steps_are_the_same(name, tmp_path, replays, monkeypatch):
         assert sum(step is not None for step in steps.values()) <= 1, "one recording is more than enough bytes"
         with pytest.raises(CheckpointError):
             llm.apply_model(lambda model: model.load_weights([]))
-        assert not steps, "weights may lie elsewhere after a load"
+        assert not steps, "weights may be elsewhere after a load"
 
 
 def test_caches_that_moved_are_not_written_where_they_were(tmp_path, replays):
@@ -72,7 +72,7 @@ def test_caches_that_moved_are_not_written_where_they_were(tmp_path, replays):
         expected = engine.decode(llm, asked, 20)
         assert same(engine.decode(llm, asked, 20), expected)
         model = llm.apply_model(lambda model: model)[0]
-        for cache in model.model.replay.caches:
+        for cache in model.model.steps.caches:
             old = cache.kv_cache
             cache.bind_kv_cache(torch.zeros(old.shape, dtype=old.dtype))
             old.fill_(torch.nan if old.dtype.is_floating_point else 255)

@@ -16,6 +16,7 @@ from ..config import MODEL_TYPE, DeepseekV4Config
 
 if TYPE_CHECKING:
     from ..checkpoint.plan import PackedModule
+    from ..ops.packed_weight import Scheme
 
 NAME = "deepseek_v4flash"
 
@@ -27,6 +28,7 @@ class DeepseekV4QuantConfig(QuantizationConfig):
         super().__init__()
         self.source = source
         self.plan: dict[str, PackedModule] = {}
+        self.schemes: dict[str, Scheme] = {}
 
     def get_name(self) -> str:
         return NAME
@@ -66,12 +68,13 @@ class DeepseekV4QuantConfig(QuantizationConfig):
         self.plan = plan_weights(
             DeepseekV4Config.from_hf(hf_config), self.source, _stored_tensors(model_name, revision)
         )
+        self.schemes = {module: packed.scheme for module, packed in self.plan.items()}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method for a linear layer or a layer's routed experts; an unquantized one where nothing is packed."""
         from ..layers.methods import method_for
 
-        return method_for(self.plan, layer, prefix)
+        return method_for(layer, prefix, self.schemes)
 
 
 def _stored_tensors(model: str, revision: str | None) -> list[tuple[str, str, tuple[int, ...], str]]:

@@ -1,17 +1,16 @@
-"""All caches of one layer, and what that layer sees of them in one step."""
+"""All caches of one layer, registered with vLLM and handed to the layer step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..compat import get_forward_context
 from ..config import DeepseekV4Config
-from ..ops.rows import PagedRows
 from .formats import CacheFormats
+from .layer_step import EntryCaches, LayerStep
 from .metadata import DeepseekV4Metadata
 from .paged_cache import PagedCache, layer_specs
 
@@ -21,33 +20,6 @@ _DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def _compiles_at_use(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-@dataclass(frozen=True)
-class EntryCaches:
-    """Where one compressor writes: its finished entries, and the states of the windows that are still open."""
-
-    entries: PagedRows
-    states: PagedRows
-    state_slots: torch.Tensor
-    """[T] int64, negative for padding."""
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """One step of one layer: tensors only, ready for the ops. T tokens."""
-
-    positions: torch.Tensor
-    """[T] int64."""
-    request: torch.Tensor
-    """[T] int32, row of the block tables."""
-    window: PagedRows
-    window_slots: torch.Tensor
-    """[T] int64, negative for padding."""
-    main: EntryCaches | None
-    index: EntryCaches | None
-    max_entries: int
-    """No token of this step sees more compressed entries than this; 0 in window layers."""
 
 
 class LayerCaches:
@@ -68,6 +40,15 @@ class LayerCaches:
             name: PagedCache(name, layer, config, formats, prefix=f"{prefix}.{name}", registry=registry)
             for name in layer_specs(config, layer, formats)
         }
+
+    def steps(self, positions: torch.Tensor) -> Iterator[LayerStep]:
+        """What the layer is to compute: the current step, in vLLM's profiling run on a GPU after some smaller ones.
+
+        Args:
+            positions: [>= T] int64; tokens beyond the step's T are padding.
+        """
+        yield from self.warm_up(positions)
+        yield self.step(positions)
 
     def step(self, positions: torch.Tensor) -> LayerStep:
         """The current step's caches; in vLLM's profiling and warm-up runs, which have none, blank ones.
@@ -93,7 +74,7 @@ class LayerCaches:
     def warm_up(self, positions: torch.Tensor) -> Iterator[LayerStep]:
         """In vLLM's profiling run on a GPU: decoding steps of several sizes, on blank caches; otherwise none.
 
-        Kernels that Triton has not compiled by then, it compiles in somebody's request.
+        Kernels that Triton has not compiled by then would be compiled during a request.
         """
         if _compiles_at_use(positions.device) and get_forward_context().attn_metadata is None:
             for tokens in _DECODE_SIZES:
@@ -103,7 +84,7 @@ class LayerCaches:
     def _blank_step(self, positions: torch.Tensor, requests: int) -> LayerStep:
         """A step that writes nothing and sees next to nothing, but runs every op and takes every workspace.
 
-        So vLLM, which measures the memory of its profiling run, leaves enough of it beside the KV cache.
+        vLLM measures the memory of its profiling run, and thus leaves enough for the workspaces.
         """
         device = positions.device
         padding = torch.full_like(positions, -1)

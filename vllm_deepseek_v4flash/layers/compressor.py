@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from ..kv_cache.layer_caches import EntryCaches, LayerStep
+from ..kv_cache.layer_step import EntryCaches, LayerStep
 from ..ops.compress import compress
-from .linear import Fp32Linear
+from .linear import Projection
 from .norm import RMSNorm
 
 
 class Compressor(nn.Module):
-    """Pools every `ratio` tokens into one entry of `dim` values; with overlap, over two windows."""
+    """Pools every `ratio` tokens into one entry of `dim` values; with overlap, over two windows.
 
-    def __init__(
-        self, hidden_size: int, dim: int, ratio: int, *, overlap: bool, eps: float, quant_config: Any, prefix: str
-    ) -> None:
+    The attention multiplies its input by the weights `wkv` and `wgate`, along with its other projections.
+    """
+
+    def __init__(self, dim: int, ratio: int, *, overlap: bool, eps: float) -> None:
         super().__init__()
         self.ratio = ratio
-        width = 2 * dim if overlap else dim
-        self.wkv = Fp32Linear(hidden_size, width, quant_config=quant_config, prefix=f"{prefix}.wkv")
-        self.wgate = Fp32Linear(hidden_size, width, quant_config=quant_config, prefix=f"{prefix}.wgate")
-        self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32), requires_grad=False)
+        self.width = 2 * dim if overlap else dim
+        self.ape = nn.Parameter(torch.empty(ratio, self.width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, eps)
+
+    def projections(self, name: str, label: str) -> list[Projection]:
+        """Of the attention's input, with `name` the path to this module and `label` for the merged layer's name."""
+        return [
+            Projection(f"{name}.{leaf}", self.width, f"{label}{leaf.removeprefix('w')}", fp32=True)
+            for leaf in ("wkv", "wgate")
+        ]
 
     def forward(
         self,
@@ -39,7 +43,7 @@ class Compressor(nn.Module):
         """Store the step's states and the entries it completes.
 
         Args:
-            kv, gate: [T, dim], twice as wide with overlap; fp32, what `wkv` and `wgate` make of the attention's input.
+            kv, gate: [T, dim], twice as wide with overlap; fp32, the attention's input times `wkv` and `wgate`.
             inv_freq: [R/2] fp32, the layer's frequencies.
             dtype: the model's.
         """

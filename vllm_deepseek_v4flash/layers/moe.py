@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -10,19 +9,18 @@ import torch
 from torch import nn
 
 from ..compat import (
-    ColumnParallelLinear,
     RowParallelLinear,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
 from ..config import DeepseekV4Config
-from ..log import logger_name
-from ..ops.fused_experts import fused_experts
+from ..log import info_once, logger_name
 from ..ops.route import route
 from ..ops.swiglu import swiglu
-from .linear import Fp32Linear, Together, quick, shortest
-from .methods import UnquantizedExpertsMethod, packed_apart
+from .linear import Fp32Linear, Projection
+from .methods import Schemes, why_not_fused
+from .projections import Projections
 
 logger = logging.getLogger(logger_name(__name__))
 
@@ -58,22 +56,11 @@ class Router(Fp32Linear):
         )  # fmt: skip
 
 
-class ExpertsMethod(UnquantizedExpertsMethod):
-    """Keeps small experts' weights as short as they can be kept."""
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.plain_weights = shortest(layer.w13_weight.data), shortest(layer.w2_weight.data)
-
-    def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        w13, w2 = layer.plain_weights
-        return fused_experts(x, w13, w2, weights, expert_ids, swiglu_limit=layer.limit, first_expert=layer.first_expert)
-
-
 class RoutedExperts(nn.Module):
-    """The routed experts' weights, stacked; how they are stored is the quantisation method's affair.
+    """The routed experts' weights, stacked; `methods.py` decides how they are stored.
 
     With tensor parallelism every rank holds a slice of each expert's I; with expert parallelism, whole experts. With
-    `shared`, which expert parallelism excludes, the shared expert is one more, behind the routed ones.
+    `shared`, which expert parallelism excludes, the shared expert is one more, after the routed ones.
     """
 
     def __init__(
@@ -91,10 +78,7 @@ class RoutedExperts(nn.Module):
         self.full_inner = inner
         self.inner = inner if expert_parallel else inner // tp_size
         self.inner_rank = 0 if expert_parallel else tp_rank
-        method = None if quant_config is None else quant_config.get_quant_method(self, prefix)
-        if method is None or type(method) is UnquantizedExpertsMethod:
-            method = ExpertsMethod()
-        self.quant_method = method
+        self.quant_method = quant_config.get_quant_method(self, prefix)
         self.quant_method.create_weights(self, config.hidden_size)
 
     @property
@@ -118,43 +102,33 @@ class SharedExpert(nn.Module):
     def __init__(self, config: DeepseekV4Config, *, quant_config: Any, prefix: str) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        plain: dict[str, Any] = {"bias": False, "quant_config": quant_config, "return_bias": False}
-        self.w1 = quick(ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w1", **plain))
-        self.w3 = quick(ColumnParallelLinear(hidden, inner, prefix=f"{prefix}.w3", **plain))
-        self.w2 = quick(
-            RowParallelLinear(
-                inner, hidden, input_is_parallel=True, reduce_results=False, prefix=f"{prefix}.w2", **plain
-            )
-        )
-        self.project = Together(self.w1, self.w3)
+        self.project = Projections(
+            self, hidden, [Projection("w1", inner, "w1"), Projection("w3", inner, "w3")],
+            column_parallel=True, merged_name="gate_up_proj", quant_config=quant_config, prefix=prefix,
+        )  # fmt: skip
+        self.w2 = RowParallelLinear(
+            inner, hidden, bias=False, input_is_parallel=True, reduce_results=False, quant_config=quant_config,
+            prefix=f"{prefix}.w2", return_bias=False,
+        )  # fmt: skip
         self.limit = config.swiglu_limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] to this rank's part of the output, [T, H], same dtype."""
-        gate, up = self.project(x)
-        return self.w2(swiglu(gate, up, self.limit).to(x.dtype))
+        parts = self.project(x)
+        return self.w2(swiglu(parts["w1"], parts["w3"], self.limit).to(x.dtype))
 
 
-def rides_along(quant_config: Any, expert_parallel: bool, prefix: str) -> bool:
+def shared_is_fused(schemes: Schemes, expert_parallel: bool, prefix: str) -> bool:
     """Whether a layer's shared expert is computed as one more of the routed experts, in the same launches.
 
-    That takes weights packed alike, and every expert on every rank.
+    That takes weights packed in the same way, and every expert on every rank.
     """
-    if expert_parallel:
-        apart: str | None = "ranks hold different experts"
+    reason = "ranks hold different experts" if expert_parallel else why_not_fused(schemes, prefix)
+    if reason is None:
+        info_once(logger, "Shared experts run as one more of the routed experts, which are packed in the same way.")
     else:
-        apart = packed_apart(getattr(quant_config, "plan", {}), prefix)
-    _tell(apart)
-    return apart is None
-
-
-@functools.cache
-def _tell(apart: str | None) -> None:
-    """Once for all layers of a kind."""
-    if apart is None:
-        logger.info("Shared experts run as one more of the routed experts, which are packed alike.")
-    else:
-        logger.info("Shared experts run apart from the routed ones: %s.", apart)
+        info_once(logger, "Shared experts run separately from the routed ones: %s.", reason)
+    return reason is None
 
 
 class MoE(nn.Module):
@@ -165,7 +139,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         expert_parallel = expert_parallel and get_tensor_model_parallel_world_size() > 1
-        shared = rides_along(quant_config, expert_parallel, prefix)
+        shared = shared_is_fused(quant_config.schemes, expert_parallel, prefix)
         self.gate = Router(config, layer, shared=shared, quant_config=quant_config, prefix=f"{prefix}.gate")
         self.experts = RoutedExperts(
             config, expert_parallel=expert_parallel, shared=shared, quant_config=quant_config,
