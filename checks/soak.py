@@ -1,19 +1,19 @@
-"""Thousands of mixed requests to one `vllm serve`, every answer checked, and then the faults.
+"""Thousands of mixed requests to one `vllm serve`, every answer checked, and then faults.
 
     python -m checks.soak [DIR] [--minutes 10] [--clients 24] [--tensor-parallel-size 2] [--no-faults]
 
-Clients ask for random numbers of tokens after prompts of random lengths, many of which share a beginning; half of
-them stream, a fifth hang up before the end, and the cache holds only a few prompts. What is checked:
+Clients ask for random numbers of tokens after prompts of random lengths, many with a shared beginning. Half of them
+stream, a fifth hang up before the end, and the cache holds only a few prompts. Checked are:
 
 - every answer is the one that the same request had alone, with nothing cached;
 - requests were preempted, and prefixes found in the cache, so that the first check means something;
 - the resident memory of each process is flat after the warm-up;
 - afterwards no KV block is in use, and the answers are still the same;
-- kill -9 of the engine core, and of a worker, under load: every request fails at once, the log says why, no process
-  is left, the exit status is 1 (by our middleware FailWithEngine), and a restart serves; SIGTERM under load: running
-  requests end, and the exit status is 0.
+- kill -9 of the engine core, and of a worker, under load: every request fails at once, the log gives the cause, no
+  process is left, the exit status is 1 (by our middleware FailWithEngine), and a restarted server answers; SIGTERM
+  under load: running requests finish, and the exit status is 0.
 
-Prints one JSON object. The exit status is 1 where a check failed, which `failures` then names.
+Prints one JSON object. The exit status is 1 if a check failed; `failures` lists them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -53,19 +53,26 @@ from testing.server import FRONT_END, Server
 TOY = Path(__file__).resolve().parent.parent / "examples" / "toy"
 ANSWER_TOKENS = 64
 ABORTED_SHARE, LONG_SHARE, STREAMED_SHARE = 0.2, 0.3, 0.5
-# Of aborted and of long requests: enough to need further blocks while they decode, when there are none.
+# Of aborted and of long requests: enough that they need further blocks while they decode and none are free.
 LONG_TOKENS = 160
-SAMPLE_SECONDS = 0.5
-# One cause has many effects; the first ones tell it.
+# The load ends after this many failures.
 MAX_FAILURES = 20
-# Bytes by which a process may grow after the warm-up: a leak of 12 KiB a request, as of its token ids and parameters,
-# over the 1,350 requests between the two measurements of a 10-minute run. There a worker's heap moved by 4 MiB.
+# Bytes by which a process may grow after the warm-up. A leak of a request's token ids and parameters, 12 KiB, reaches
+# this in the 1,350 requests between the two measurements of a 10-minute run. A worker's heap moved by 4 MiB in one.
 GROWTH = 16 << 20
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a load lasts: for some seconds or, independent of the machine's speed, for a number of requests."""
+
+    seconds: float = math.inf
+    requests: float = math.inf
 
 
 @dataclass
 class Report:
-    """What a soak saw. memory: resident bytes of each process, as `Sampler.stop` gives them."""
+    """What a soak saw. memory: resident bytes of each process, from `Load.memory`."""
 
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -79,75 +86,96 @@ class Report:
         return vars(self) | {"counts": dict(self.counts), "seconds": round(self.seconds, 1)}
 
 
-class Sampler(threading.Thread):
-    """Resident bytes of every process of `server`, every SAMPLE_SECONDS until `stop`."""
+class Load:
+    """Random questions of several clients at once; wrong answers become failures of `report`."""
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
+    def __init__(self, server: Server, questions: Sequence[Question], length: Length, report: Report) -> None:
+        self.server, self.questions, self.length, self.report = server, questions, length, report
+        self.started, self.asked, self.ended = time.monotonic(), 0, 0
         self._processes = server.processes()
-        self._done = threading.Event()
-        self.samples: dict[str, list[int]] = {name: [] for name in self._processes}
+        self._samples: list[tuple[float, dict[str, int]]] = []
 
-    def run(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
-            for name, process in self._processes.items():
-                self.samples[name].append(process.memory_info().rss)
+    async def run(self, clients: int) -> None:
+        await asyncio.gather(*[self._work(seed) for seed in range(clients)])
+        self.report.seconds = time.monotonic() - self.started
 
-    def stop(self) -> dict[str, dict[str, int]]:
-        """What each process never fell below, in the sixth of the time after a warm-up of a third, and in the last one.
+    def share(self, requests: int) -> float:
+        """How much of the load is done after so many requests, from 0 to 1."""
+        return max((time.monotonic() - self.started) / self.length.seconds, requests / self.length.requests)
 
-        In the warm-up caches fill, and the pages of the KV cache are touched for the first time. The floor, because
-        a step's own tensors come and go.
-        """
-        self._done.set()
-        self.join()
-        found = {}
-        for name, samples in self.samples.items():
-            sixth = max(1, len(samples) // 6)
-            after, end = samples[2 * sixth : 3 * sixth], samples[-sixth:]
-            found[name] = {"after warm-up": min(after), "at the end": min(end), "at most": max(samples)}
-        return found
+    async def _work(self, seed: int) -> None:
+        """One client. Its first request is a long one: on a slow machine these alone preempt each other."""
+        draw, first = random.Random(seed), True
+        async with client_of(self.server) as client:
+            while first or (self.share(self.asked) < 1 and len(self.report.failures) < MAX_FAILURES):
+                self.asked += 1
+                await self._ask(client, draw, first)
+                self.ended += 1
+                self._sample()
+                first = False
 
-
-async def load(server: Server, questions: Sequence[Question], seconds: float, clients: int, report: Report) -> None:
-    """`clients` at once ask random questions until `seconds` are over; wrong answers become failures.
-
-    All begin with a long one: a machine too slow to preempt anything later has done so then.
-    """
-    until = time.monotonic() + seconds
-
-    async def one(client: openai.AsyncOpenAI, draw: random.Random, first: bool) -> None:
-        question, stream = draw.choice(questions), draw.random() < STREAMED_SHARE
+    async def _ask(self, client: openai.AsyncOpenAI, draw: random.Random, first: bool) -> None:
+        question, stream = draw.choice(self.questions), draw.random() < STREAMED_SHARE
         hang_up = not first and draw.random() < ABORTED_SHARE
         tokens = draw.randint(1, len(question.answer))
         if hang_up or first or draw.random() < LONG_SHARE:
             tokens = LONG_TOKENS
         try:
-            async with asyncio.timeout(draw.uniform(0, 3) if hang_up else None):
-                found = await ask(client, question.prompt, tokens, stream)
-        except TimeoutError:
-            report.counts["aborted"] += 1
-            return
+            if hang_up:
+                await self._hang_up(client, question, tokens, stream, draw.uniform(0, 3))
+                return
+            found = await ask(client, question.prompt, tokens, stream)
         except (openai.APIError, AssertionError) as error:
-            report.failures.append(f"a request failed: {error!r} {error.__cause__!r}")
+            self.report.failures.append(f"a request failed: {error!r} {error.__cause__!r}")
             return
         length = min(len(found), len(question.answer))
-        report.counts["answered"] += 1
-        report.counts["tokens"] += tokens
+        self.report.counts["answered"] += 1
+        self.report.counts["tokens"] += tokens
         if tuple(found[:length]) != question.answer[:length]:
-            report.failures.append(
+            self.report.failures.append(
                 f"a prompt of {len(question.prompt)} tokens was answered {found[:length]}, "
                 f"and alone {list(question.answer[:length])}"
             )
 
-    async def work(seed: int) -> None:
-        draw = random.Random(seed)
-        async with client_of(server) as client:
-            await one(client, draw, first=True)
-            while time.monotonic() < until and len(report.failures) < MAX_FAILURES:
-                await one(client, draw, first=False)
+    async def _hang_up(
+        self, client: openai.AsyncOpenAI, question: Question, tokens: int, stream: bool, seconds: float
+    ) -> None:
+        """Leave a stream at its first token, and another request after some seconds, unless it is answered by then."""
+        begun = asyncio.Event()
+        request = asyncio.create_task(ask(client, question.prompt, tokens, stream, begun))
+        leave = asyncio.create_task(begun.wait() if stream else asyncio.sleep(seconds))
+        await asyncio.wait((request, leave), return_when=asyncio.FIRST_COMPLETED)
+        leave.cancel()
+        if request.done():
+            await request
+            self.report.counts["answered"] += 1
+        else:
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            self.report.counts["aborted"] += 1
 
-    await asyncio.gather(*[work(seed) for seed in range(clients)])
+    def _sample(self) -> None:
+        sizes = {name: process.memory_info().rss for name, process in self._processes.items()}
+        self._samples.append((self.share(self.ended), sizes))
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """The least of each process in the sixth of the load after a warm-up of a third, and in the last sixth.
+
+        In the warm-up caches fill, and the pages of the KV cache are touched for the first time. The least, because
+        the tensors of a step come and go. Empty if no request ended within one of these.
+        """
+        after = [sizes for share, sizes in self._samples if 1 / 3 <= share < 1 / 2]
+        end = [sizes for share, sizes in self._samples if share >= 5 / 6]
+        if not after or not end:
+            return {}
+        return {
+            name: {
+                "after warm-up": min(sizes[name] for sizes in after),
+                "at the end": min(sizes[name] for sizes in end),
+                "at most": max(sizes[name] for _, sizes in self._samples),
+            }
+            for name in self._processes
+        }
 
 
 async def still_the_same(server: Server, questions: Sequence[Question], report: Report, when: str) -> None:
@@ -159,15 +187,14 @@ async def still_the_same(server: Server, questions: Sequence[Question], report: 
                 report.failures.append(f"{when}, a prompt of {len(question.prompt)} tokens is answered {found}")
 
 
-async def soak(server: Server, questions: Sequence[Question], seconds: float, clients: int) -> Report:
+async def soak(server: Server, questions: Sequence[Question], length: Length, clients: int) -> Report:
     """The load and all checks of it on a running server."""
     report, before = Report(), server.metrics()
-    sampler = Sampler(server)
-    sampler.start()
-    started = time.monotonic()
-    await load(server, questions, seconds, clients, report)
-    report.seconds = time.monotonic() - started
-    report.memory = sampler.stop()
+    load = Load(server, questions, length, report)
+    await load.run(clients)
+    report.memory = load.memory()
+    if not report.memory:
+        report.failures.append(f"the load of {report.seconds:.0f} s is too short to compare the processes' memory")
     report.blocks_in_use = await all_blocks_free(server)
     after = server.metrics()
     report.preemptions = int(after["vllm:num_preemptions_total"] - before["vllm:num_preemptions_total"])
@@ -178,7 +205,7 @@ async def soak(server: Server, questions: Sequence[Question], seconds: float, cl
 
 
 def judge(report: Report) -> None:
-    """Add what the numbers of `report` say to its failures."""
+    """Add to the failures of `report` what is wrong with its numbers."""
     for name, memory in report.memory.items():
         growth = memory["at the end"] - memory["after warm-up"]
         if growth > GROWTH:
@@ -192,11 +219,11 @@ def judge(report: Report) -> None:
         ("prefix was found in the cache", report.prefix_hit_tokens),
     ):
         if not seen:
-            report.failures.append(f"no {what}: this load did not test what it should")
+            report.failures.append(f"no {what}: this load was too light to test anything")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The soak, and then the faults, each on the server that was started after the one before."""
+    """The soak, and then the faults, each on a new server."""
     arguments = vllm_options(options.tensor_parallel_size, options.pipeline_parallel_size, options.cache_mib)
     result: dict[str, Any] = {"model": str(options.model), "options": arguments}
     failures: list[str] = []
@@ -216,7 +243,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         server = start()
         questions = asyncio.run(ask_each_alone(server, make_prompts(options.prompts, options.seed), ANSWER_TOKENS))
-        note("soak", asyncio.run(soak(server, questions, 60 * options.minutes, options.clients)))
+        note("soak", asyncio.run(soak(server, questions, Length(seconds=60 * options.minutes), options.clients)))
         if options.faults:
             for victim in sorted(set(server.processes()) - {FRONT_END}):
                 note(f"kill -9 {victim}", asyncio.run(kill_under_load(server, victim)))

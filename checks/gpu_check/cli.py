@@ -20,7 +20,7 @@ from .results import PartResult
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = 480.0
-DESCRIBE_SECONDS = 60.0
+DESCRIBE_SECONDS = 300.0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

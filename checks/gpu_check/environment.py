@@ -11,6 +11,8 @@ import os
 import tomllib
 from pathlib import Path
 
+from vllm_deepseek_v4flash import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 V2_ON_CPU = ROOT / "testing" / "v2_on_cpu"
 
@@ -18,9 +20,9 @@ V2_ON_CPU = ROOT / "testing" / "v2_on_cpu"
 def write_metadata(directory: Path) -> Path:
     """The metadata that an installation of this repository would have; returns `directory`, for PYTHONPATH."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = directory / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info = directory / f"{project['name'].replace('-', '_')}-{__version__}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {__version__}\n")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]

@@ -1,6 +1,7 @@
 """Every kernel compiles for every supported GPU within its bounds, and the tool that says so can say otherwise.
 
-The tool runs in processes of its own, because this one interprets kernels.
+The tool runs in processes of its own, because this one interprets kernels. Its second run is of `MADE_UP`, kernels that
+break one bound each and one that breaks none.
 """
 
 import os
@@ -10,21 +11,81 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 
 import vllm_deepseek_v4flash.ops.triton as kernels
-from benchmarks.flash_cases import CASES
+from benchmarks.flash_cases import CASES, Case
 from checks import compile_table, cuda_usage
 from checks.compile_table import ARCHS, Usage, violations
+from vllm_deepseek_v4flash.ops.triton.launch import launch
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p.stem for p in Path(kernels.__file__).parent.glob("*.py") if re.search(r"\blaunch\(", p.read_text()))
 
 
-def run(module, *arguments):
+@triton.jit
+def _modest(x, out, count):
+    n = tl.arange(0, 128)
+    if count is None:
+        tl.store(out + n, tl.load(x + n))
+    else:
+        tl.store(out + n, tl.load(x + n, mask=n < count, other=0.0), mask=n < count)
+
+
+@triton.jit
+def _spilling(x, out, N: tl.constexpr):
+    n = tl.arange(0, N)
+    values = tl.load(x + n)
+    # All values wait for the sum: far more than one warp has registers for.
+    tl.store(out + n, values / tl.sum(values))
+
+
+@triton.jit
+def _sprawling(x, out, count, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
+    total = tl.zeros((N, N), tl.float32)
+    for step in range(count):
+        at = x + step * N * K
+        total = tl.dot(tl.load(at + m * K + k[None, :]), tl.load(at + k[:, None] * N + n), total)
+    tl.store(out + m * N + n, total)
+
+
+@triton.jit
+def _modern(x, out):
+    n = tl.arange(0, 128)
+    tl.store(out + n, tl.load(x + n).to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+
+
+def floats(count):
+    return torch.empty(count, device="meta")
+
+
+def halves(count):
+    return torch.empty(count, device="meta", dtype=torch.bfloat16)
+
+
+def modest(count):
+    launch(_modest, (1,), floats(128), floats(128), count)
+
+
+MADE_UP = [
+    *(Case("modest", {"count": count}, lambda count=count: modest(count)) for count in (1, 5, 7, 16, 32)),
+    Case("modest", {"count": "5, misaligned"}, lambda: launch(_modest, (1,), floats(129)[1:], floats(128), 5)),
+    Case("wide", {}, lambda: launch(_modest, (1, 65536), floats(128), floats(128), None)),
+    Case("spilling", {}, lambda: launch(_spilling, (1,), floats(1 << 14), floats(1 << 14), N=1 << 14, num_warps=1)),
+    Case(
+        "sprawling", {},
+        lambda: launch(_sprawling, (1,), halves(1 << 20), floats(1 << 14), 8, N=128, K=256, num_warps=8, num_stages=4),
+    ),
+    Case("modern", {}, lambda: launch(_modern, (1,), floats(128), torch.empty(128, device="meta", dtype=torch.uint8))),
+]  # fmt: skip
+
+
+def run(*command):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def kernels_in(table):
@@ -36,12 +97,13 @@ def kernels_in(table):
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory):
     output = tmp_path_factory.mktemp("table") / "table.md"
-    return run("checks.compile_table", "--common", "--output", str(output)), output
+    return run("-m", "checks.compile_table", "--common", "--output", str(output)), output
 
 
 @pytest.fixture(scope="module")
 def made_up():
-    return run("tests.checks.made_up_kernels", "--arch", "80", "90", "120")
+    code = f"import sys; from {__name__} import *; sys.exit(compile_table.main(sys.argv[1:], MADE_UP))"
+    return run("-c", code, "--arch", "80", "90", "120")
 
 
 def test_every_kernel_fits_every_gpu(flash):
@@ -52,7 +114,7 @@ def test_every_kernel_fits_every_gpu(flash):
 @pytest.mark.slow
 def test_every_configuration_fits_every_gpu():
     """Also other dtypes than bf16, more ranks, other batches: a quarter of an hour where nothing is cached."""
-    result = run("checks.compile_table")
+    result = run("-m", "checks.compile_table")
     assert result.returncode == 0, result.stderr
 
 
@@ -85,7 +147,7 @@ def test_the_table_in_the_docs_has_every_kernel(flash):
 def test_a_broken_bound_is_reported(made_up, kernel, archs, what):
     assert made_up.returncode == 1
     for arch in (80, 90, 120):
-        reports = re.findall(rf"^sm_{arch}, __main__: {kernel} \([^\n]*", made_up.stderr, re.M)
+        reports = re.findall(rf"^sm_{arch}, test_compile_table: {kernel} \([^\n]*", made_up.stderr, re.M)
         assert len(reports) == (arch in archs), made_up.stderr
         assert all(re.search(what, report) for report in reports), reports
 

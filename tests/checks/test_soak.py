@@ -1,4 +1,4 @@
-"""checks/soak.py: a short soak and the faults on the shared server, long and parallel ones, what it objects to.
+"""checks/soak.py: a short soak and the faults on one server, long and parallel ones, and what it reports as failures.
 
 The faults end the server, so they are the last tests of the file.
 """
@@ -11,39 +11,55 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
 from checks import soak
-from checks.faults import FAULT_PROMPT, kill_under_load, terminate_under_load
-from checks.soak import GROWTH, Report
+from checks.faults import CLIENTS, FAULT_PROMPT, kill_under_load, terminate_under_load
+from checks.soak import GROWTH, Length, Load, Report
 from testing.client import (
     CACHED_STEP,
+    ENVIRONMENT,
     MAX_MODEL_LEN,
     MAX_PROMPT,
     STOP_TIMEOUT,
     Question,
     ask,
+    ask_each_alone,
     client_of,
     make_prompts,
     vllm_options,
+    wait_for_prompts,
 )
-from testing.server import FRONT_END, Server
+from testing.server import FRONT_END, Server, Servers
 from testing.tiny import TOY, TinySpec, write_checkpoint
-from tests.serving.conftest import Servers
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 10
-# Either of two stages has a layer of each compressed kind, which vLLM needs, and the indexer leaves out nothing.
+# The 24 clients ask three times each: as many requests as an idle machine answers in 20 s.
+SHORT = Length(requests=72)
+# vLLM needs a layer of each compressed kind in both stages; the indexer leaves out nothing.
 STAGED = TinySpec(
     "two pipeline stages", {"num_hidden_layers": 5, "compress_ratios": [4, 128, 4, 128, 0, 0], "num_hash_layers": 3}, 0
 )
 
 
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    servers = Servers(TOY, tmp_path_factory.mktemp("servers"), vllm_options(), ENVIRONMENT)
+    yield servers
+    servers.close()
+
+
+@pytest.fixture(scope="module")
+def questions(servers: Servers) -> list[Question]:
+    return asyncio.run(ask_each_alone(servers.get(), make_prompts(20, seed=0), 24))
+
+
 def test_short_soak(servers: Servers, questions: list[Question]) -> None:
-    report = asyncio.run(soak.soak(servers.get(), questions, SECONDS, clients=24))
+    report = asyncio.run(soak.soak(servers.get(), questions, SHORT, clients=24))
     print(json.dumps(report.as_json(), indent=1))
     assert report.failures == []
 
@@ -83,7 +99,7 @@ def test_two_pipeline_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def seen(**changes: object) -> Report:
-    """A report of a soak in which all went well, but for `changes`."""
+    """The report of a soak without failures, except for `changes`."""
     report = Report(counts=Counter(answered=1, aborted=1), preemptions=1, prefix_hit_tokens=256)
     for name, value in changes.items():
         setattr(report, name, value)
@@ -111,10 +127,10 @@ def test_what_a_report_objects_to(changes: dict[str, object], failure: str) -> N
 
 
 def test_a_wrong_answer_is_a_failure(servers: Servers, questions: list[Question]) -> None:
-    """The references are of another prompt: a soak that compares nothing would not see it."""
+    """Answers are compared: wrong references make failures."""
     wrong = [Question(questions[0].prompt, tuple(token ^ 1 for token in questions[0].answer))]
     report = Report()
-    asyncio.run(soak.load(servers.get(), wrong, 1.0, clients=2, report=report))
+    asyncio.run(Load(servers.get(), wrong, Length(requests=2), report).run(clients=2))
     assert report.failures
     assert "and alone" in report.failures[0]
     again = Report()
@@ -148,8 +164,9 @@ def test_a_killed_worker_ends_the_server_and_a_restart_serves(servers: Servers, 
     (worker,) = [name for name in server.processes() if name not in (FRONT_END, "EngineCore")]
     ending = asyncio.run(kill_under_load(server, worker))
     assert ending.failures == []
-    assert sum(ending.replies.values()) == 8
-    # Which exit code vLLM names, -9 or None, is a race.
+    assert "answered" not in ending.replies
+    assert ending.replies.total() == CLIENTS
+    # vLLM may give the exit code as -9 or as None.
     assert "Worker proc VllmWorker-0 died unexpectedly" in server.output()
     again = Report()
     asyncio.run(soak.still_the_same(servers.get(), questions[:5], again, "after a restart"))
@@ -157,7 +174,7 @@ def test_a_killed_worker_ends_the_server_and_a_restart_serves(servers: Servers, 
 
 
 def test_sigterm_lets_running_requests_finish(servers: Servers) -> None:
-    """With --shutdown-timeout, which this server has; and every process goes by itself and without a complaint."""
+    """With --shutdown-timeout. Every process ends by itself and logs no error."""
     server = servers.get()
     before = len(server.output())
     ending = asyncio.run(terminate_under_load(server))
@@ -165,24 +182,22 @@ def test_sigterm_lets_running_requests_finish(servers: Servers) -> None:
     assert ending.failures == [], farewell
     assert "force killing" not in farewell, farewell
     assert "vllm_deepseek_v4flash" not in farewell, farewell
-    # The front end's own "AsyncLLM output_handler failed" is vLLM's habit with any model, whenever it reads from its
-    # engine once more after the engine has ended.
+    # vLLM's front end logs "AsyncLLM output_handler failed", with any model, if it reads from its engine after that has
+    # ended.
     errors = [line for line in farewell.splitlines() if "ERROR" in line and "(APIServer" not in line]
     assert errors == [], farewell
 
 
 @pytest.mark.slow
 def test_sigterm_without_a_timeout_ends_when_the_clients_have_gone(tmp_path: Path) -> None:
-    """The engine ends at once. Whether its requests are told is a race in vLLM 0.32, which the front end waits for."""
+    """The engine ends at once. The front end waits for its clients, which vLLM 0.32 may leave without an answer."""
 
     async def run(server: Server) -> int:
         family = server.processes()
         async with client_of(server) as client:
-            # As many as run at once, so that none is through before the signal comes.
             tokens = MAX_MODEL_LEN - len(FAULT_PROMPT)
             requests = [asyncio.create_task(ask(client, FAULT_PROMPT, tokens)) for _ in range(16)]
-            while (await asyncio.to_thread(server.metrics))["vllm:num_requests_running"] < 16:
-                await asyncio.sleep(0.1)
+            await wait_for_prompts(server, 16 * len(FAULT_PROMPT))
             server.send(signal.SIGTERM)
             while "engine manager stopped" not in server.output():
                 await asyncio.sleep(0.1)
@@ -193,14 +208,15 @@ def test_sigterm_without_a_timeout_ends_when_the_clients_have_gone(tmp_path: Pat
             assert unexpected == []
         return await asyncio.to_thread(server.wait_until_gone, list(family.values()), STOP_TIMEOUT)
 
-    with Server(TOY, tmp_path / "log.txt", vllm_options(stop_seconds=0)) as server:
+    # Room for all 16 requests at once, so that none ends before the signal.
+    with Server(TOY, tmp_path / "log.txt", vllm_options(cache_mib=640, stop_seconds=0)) as server:
         server.wait_until_healthy()
         assert asyncio.run(asyncio.wait_for(run(server), STOP_TIMEOUT)) == 0
 
 
 @pytest.mark.slow
 def test_vllms_own_exit_status_says_nothing(tmp_path: Path) -> None:
-    """0 after a kill -9, which docs/operations.md warns of; once vLLM has mended it, FailWithEngine can go."""
+    """0 after a kill -9, as docs/operations.md warns. When vLLM has fixed that, FailWithEngine can go."""
     options = [option for option in vllm_options() if "iddleware" not in option]
     with Server(TOY, tmp_path / "log.txt", tuple(options)) as server:
         server.wait_until_healthy()

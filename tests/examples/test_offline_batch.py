@@ -22,7 +22,22 @@ TOY = ROOT / "examples" / "toy"
 MODES = ("none", "high", "max")
 # Room for 3 running requests: a run that is killed early has answered some of them and not others.
 LLM = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 3, "kv_cache_memory_bytes": 256 << 20}
-TIMEOUT = 300  # seconds; a run takes 20 on idle cores
+TIMEOUT = 1200  # seconds; a run takes 20 on idle cores
+# The script, which stops in its tracks once its output has so many lines.
+HELD = """
+import runpy, signal, sys, types
+script, count, *arguments = sys.argv[1:]
+example = types.SimpleNamespace(**runpy.run_path(script, run_name="offline_batch"))
+add = example.Results.add
+
+def add_and_stop(results, rows):
+    add(results, rows)
+    if results.path.read_bytes().count(b"\\n") >= int(count):
+        signal.pause()
+
+example.Results.add = add_and_stop
+sys.exit(example.main(arguments))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +67,36 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {row["custom_id"]: row for row in rows}
 
 
-def command(requests: Path, results: Path, **llm: Any) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(requests), str(results), "--llm", json.dumps(LLM | llm)]
+def arguments(requests: Path, results: Path, **llm: Any) -> list[str]:
+    return [str(requests), str(results), "--llm", json.dumps(LLM | llm)]
 
 
 def run(requests: Path, results: Path, **llm: Any) -> subprocess.CompletedProcess[str]:
     """To its end; `stdout` has the standard error, too."""
     return subprocess.run(
-        command(requests, results, **llm),
+        [sys.executable, str(SCRIPT), *arguments(requests, results, **llm)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=TIMEOUT,
     )  # fmt: skip
 
 
 def kill_when_some_are_answered(requests: Path, results: Path, count: int, **llm: Any) -> int:
-    """kill -9 once `results` has `count` lines; returns how many processes it had started, all of which are gone."""
+    """kill -9 when `results` has `count` lines; returns how many processes it had started, all of which are gone."""
     log = results.with_suffix(".log")
+    command = [sys.executable, "-c", HELD, str(SCRIPT), str(count), *arguments(requests, results, **llm)]
     with log.open("w") as stream:
-        process = subprocess.Popen(command(requests, results, **llm), stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
     family: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + TIMEOUT
         while not results.exists() or results.read_bytes().count(b"\n") < count:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.01)
+            time.sleep(0.1)
         family = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.kill()
         process.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=TIMEOUT)
     for left in alive:
         left.kill()
     assert alive == [], "they hold the memory that the next run needs"

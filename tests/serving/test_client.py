@@ -10,12 +10,13 @@ from typing import Any
 import openai
 import pytest
 
-from testing.client import CACHED_STEP, Question, all_blocks_free, ask, client_of
+from testing.client import CACHED_STEP, Question, all_blocks_free, ask, client_of, wait_for_prompts
 from testing.server import Server
 from testing.tiny import TOY
 
 CLIENTS = 32
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
+PROMPTS, GENERATED = "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +138,9 @@ def test_32_clients_at_once_get_the_answers_of_each_alone(server: Server, questi
 
 
 def test_blocks_of_clients_that_hang_up_are_freed(server: Server, questions: list[Question]) -> None:
-    """Some leave their stream after a few tokens, others do not wait for the whole reply."""
-    tokens, leaving = 900, 8  # more than the server makes until the last one leaves
-    before = server.metrics()["vllm:generation_tokens_total"]
+    """Some leave their streams after a few tokens, others do not wait for a reply that has begun."""
+    tokens, leaving = 900, 8
+    before = server.metrics()
 
     async def leave_stream(client: openai.AsyncOpenAI, chunks: int) -> None:
         async with await client.completions.create(
@@ -148,20 +149,22 @@ def test_blocks_of_clients_that_hang_up_are_freed(server: Server, questions: lis
             for _ in range(chunks):
                 await anext(stream)
 
-    async def leave_reply(client: openai.AsyncOpenAI, seconds: float) -> None:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await ask(client, (0, 6, 7), tokens)
+    async def leave_reply(client: openai.AsyncOpenAI) -> None:
+        begun = server.metrics()[PROMPTS] + 3
+        reply = asyncio.create_task(ask(client, (0, 6, 7), tokens))
+        await wait_for_prompts(server, begun)
+        reply.cancel()
+        await asyncio.gather(reply, return_exceptions=True)
 
     async def run() -> float:
         async with client_of(server) as client:
-            streams = [leave_stream(client, 1 + 2 * number) for number in range(leaving // 2)]
-            replies = [leave_reply(client, 0.3 * number) for number in range(leaving // 2)]
-            await asyncio.gather(*streams, *replies)
+            await asyncio.gather(*[leave_stream(client, 1 + 2 * number) for number in range(leaving // 2)])
+            for _ in range(leaving // 2):
+                await leave_reply(client)
             return await all_blocks_free(server)
 
     assert asyncio.run(run()) == 0.0
-    generated = server.metrics()["vllm:generation_tokens_total"] - before
+    generated = server.metrics()[GENERATED] - before[GENERATED]
     assert 0 < generated < leaving * tokens / 2, "the server went on for clients that had left"
     assert asyncio.run(ask_once(server, questions[0])) == questions[0].answer
 
@@ -183,12 +186,9 @@ def test_prefix_cache_hits_are_counted(server: Server, client: openai.OpenAI) ->
     after = server.metrics()
     assert after[QUERIES] - before[QUERIES] == 600
     assert after[HITS] - before[HITS] == CACHED_STEP
-    counted = {
-        name: after[name] - before[name] for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-    }
     usages = [reply.usage for reply in replies]
-    assert counted["vllm:prompt_tokens_total"] == sum(usage.prompt_tokens for usage in usages) == 600
-    assert counted["vllm:generation_tokens_total"] == sum(usage.completion_tokens for usage in usages)
+    assert after[PROMPTS] - before[PROMPTS] == sum(usage.prompt_tokens for usage in usages) == 600
+    assert after[GENERATED] - before[GENERATED] == sum(usage.completion_tokens for usage in usages)
 
 
 def test_a_short_prompt_is_no_hit(server: Server, client: openai.OpenAI) -> None:

@@ -186,7 +186,7 @@ print("main")
 def test_the_exit_status_is_the_engines(engine, end, status):
     """And everything that a process does at its end is done."""
     done = subprocess.run(
-        [sys.executable, "-c", EXIT, engine, end], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", EXIT, engine, end], capture_output=True, text=True, check=False, timeout=1200
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, "main\natexit\n", "")
 

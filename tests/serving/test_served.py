@@ -30,7 +30,7 @@ TOOLS = [
 # What makes the toy call, after its thoughts.
 CALL = {"tools": TOOLS[:1], "tool_choice": {"type": "function", "function": {"name": "add"}}}
 END_THINK = 6
-REQUEST_TIMEOUT = 240  # seconds
+REQUEST_TIMEOUT = 1200  # seconds
 
 
 @pytest.fixture(scope="module")
