@@ -1,7 +1,7 @@
 """csrc/experts.cu on the executor: nvcc's PTX in place of the library that `ops/cuda` loads.
 
-    with executed(arch=80) as runs:
-        out = vllm_deepseek_v4flash.ops.cuda.packed_experts.packed_experts(...)
+with executed(arch=80) as runs:
+    out = vllm_deepseek_v4flash.ops.cuda.packed_experts.packed_experts(...)
 """
 
 from __future__ import annotations
@@ -128,5 +128,5 @@ def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | None = No
     """Run what `ops/cuda` launches on the executor, as if on a GPU of `arch`; yields what ran so far."""
     runs: list[Run] = []
     library = _Library(arch, source, schedule, runs)
-    with mock.patch.object(op, "library", lambda: library):
+    with mock.patch.object(op, "library", return_value=library):
         yield runs

@@ -39,7 +39,8 @@ def encode(kernel: Kernel, threads: tuple[int, int, int]) -> Program:
     meets = flow.reconvergence(blocks)
     layout = Layout(kernel, threads, blocks)
     opcodes = Opcodes(layout)
-    encoded, unsupported = [], {}
+    encoded: list[Encoded] = []
+    unsupported: dict[str, str] = {}
     for block, meet in zip(blocks, meets, strict=True):
         for instruction in kernel.instructions[block.first : block.end]:
             try:

@@ -126,7 +126,8 @@ class Executable:
         self._operands = (ctypes.c_uint32 * max(len(operands), 1))(*operands)
         self._widths = (ctypes.c_uint8 * max(len(widths), 1))(*widths)
         self._instructions = (library.Instruction * len(program.instructions))()
-        at, unknown = 0, {}
+        at = 0
+        unknown: dict[str, str] = {}
         for to, one, source in zip(self._instructions, program.instructions, kernel.instructions, strict=True):
             to.handler = library.library().ptxrun_handler(one.handler.encode())
             if not to.handler:

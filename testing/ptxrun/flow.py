@@ -205,7 +205,7 @@ def _live(names: list[str], found: list[Block], accesses: Accesses) -> tuple[lis
 
 
 def _intervals(names: list[str], found: list[Block], accesses: Accesses) -> tuple[dict[str, int], dict[str, int]]:
-    """The first and the last instruction of each register's life: one interval that covers every block it is live in."""
+    """Each register's first and last instruction: one interval that covers every block in which it is live."""
     live_in, live_out = _live(names, found, accesses)
     first: dict[str, int] = {}
     last: dict[str, int] = {}

@@ -10,7 +10,16 @@ import re
 from collections.abc import Callable
 
 from .layout import (
-    BARRIER, BRANCH, EXIT, GENERIC, LOCAL_WINDOW, SHARED_WINDOW, SPACES, Encoded, Layout, UnsupportedError,
+    BARRIER,
+    BRANCH,
+    EXIT,
+    GENERIC,
+    LOCAL_WINDOW,
+    SHARED_WINDOW,
+    SPACES,
+    Encoded,
+    Layout,
+    UnsupportedError,
 )  # fmt: skip
 from .parse import Address, Immediate, Instruction, Operand, Pair, Register, Vector, size_of
 
@@ -49,9 +58,10 @@ class Opcodes:
         self.place, self.place_all, self.place_address = layout.place, layout.place_all, layout.place_address
 
     def encode(self, instruction: Instruction) -> Encoded:
-        parts = instruction.opcode.split(".")
-        parts = [parts[0], *(p for p in parts[1:] if p not in _DROPPED and not p.startswith("L2::"))]
-        method: Callable[[Instruction, list[str]], Encoded] | None = getattr(self, f"_{parts[0]}", None)
+        base, *rest = instruction.opcode.split(".")
+        dropped = _DROPPED - {"uni"} if base == "vote" else _DROPPED
+        parts = [base, *(part for part in rest if part not in dropped and not part.startswith("L2::"))]
+        method: Callable[[Instruction, list[str]], Encoded] | None = getattr(self, f"_{base}", None)
         return method(instruction, parts) if method else self._lanewise(instruction, parts)
 
     def _lanewise(self, instruction: Instruction, parts: list[str]) -> Encoded:

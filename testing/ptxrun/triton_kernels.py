@@ -61,9 +61,7 @@ class Compiler:
     def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[_Compiled, list[Any]]:
         """The kernel, and those of its arguments that are not compiled in, tuples flattened."""
         bound, specialization, rest = self.binder(kernel)(*args, **options)
-        chosen, signature, constants, attributes = kernel._pack_args(
-            self.backend, options, bound, specialization, rest
-        )
+        chosen, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, rest)
         source = ASTSource(kernel, signature, constants, attributes)
         key = (source.hash(), chosen.hash())
         if key not in self.compiled:
@@ -115,9 +113,7 @@ def span(tensor: torch.Tensor, name: str = "") -> Memory:
 
 
 @contextlib.contextmanager
-def executed(
-    arch: int, *, compiler: Compiler | None = None, schedule: Schedule | None = None
-) -> Iterator[list[Run]]:
+def executed(arch: int, *, compiler: Compiler | None = None, schedule: Schedule | None = None) -> Iterator[list[Run]]:
     """Run every launch of a Triton kernel on the executor, as if on a GPU of `arch`; yields what ran so far."""
     used = Compiler(arch) if compiler is None else compiler
     runs: list[Run] = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from .harness import lanewise, launch
+from .harness import lanewise
 from .values import dtype_of, floats, integers, wrapped
 
 RNG = np.random.default_rng(0)
@@ -26,7 +26,9 @@ def test_integer_conversions(to, from_):
 @pytest.mark.parametrize(("mode", "of"), [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)])
 def test_floats_to_integers(to, mode, of):
     a = np.concatenate((floats(RNG), RNG.standard_normal(64).astype(np.float32) * 100))
-    out = lanewise(f"cvt.{mode}.{to}.f32", to, ["f32"], [a], np.dtype(f"{to[0].replace('s', 'i')}{int(to[1:]) // 8}").type)
+    out = lanewise(
+        f"cvt.{mode}.{to}.f32", to, ["f32"], [a], np.dtype(f"{to[0].replace('s', 'i')}{int(to[1:]) // 8}").type
+    )
     info = np.iinfo(out.dtype)
     missing = info.min if to == "s64" else 0
     expected = [missing if np.isnan(x) else min(max(int(of(x)), info.min), info.max) if np.isfinite(x) else
@@ -37,7 +39,9 @@ def test_floats_to_integers(to, mode, of):
 def test_integers_to_floats():
     for type_ in ("s32", "u32", "s64"):
         a = integers(RNG, type_)
-        np.testing.assert_array_equal(lanewise(f"cvt.rn.f32.{type_}", "f32", [type_], [a], np.float32), a.astype(np.float32))
+        np.testing.assert_array_equal(
+            lanewise(f"cvt.rn.f32.{type_}", "f32", [type_], [a], np.float32), a.astype(np.float32)
+        )
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
@@ -55,7 +59,9 @@ def test_16_bit_floats(name, dtype):
 
 
 def test_e4m3():
-    a = np.concatenate((floats(RNG), RNG.standard_normal(192).astype(np.float32) * 10.0 ** RNG.integers(-3, 3, 192))).astype(np.float32)
+    a = np.concatenate(
+        (floats(RNG), RNG.standard_normal(192).astype(np.float32) * 10.0 ** RNG.integers(-3, 3, 192))
+    ).astype(np.float32)
     out = lanewise("cvt.rn.satfinite.e4m3x2.f32", "e4m3x2", ["f32", "f32"], [a, a[::-1].copy()], np.uint16)
     found = torch.from_numpy(out.view(np.uint8).reshape(-1, 2)[:, 1].copy()).view(torch.float8_e4m3fn).float()
     expected = torch.from_numpy(a).clamp(-448, 448).to(torch.float8_e4m3fn).float()
@@ -65,3 +71,36 @@ def test_e4m3():
     found = torch.from_numpy(halves.astype(np.uint16).view(np.int16)).view(torch.float16).float()
     expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_doubles():
+    a = floats(RNG)
+    wide = lanewise("cvt.f64.f32", "f64", ["f32"], [a], np.float64)
+    np.testing.assert_array_equal(wide, a.astype(np.float64))
+    back = lanewise("cvt.rn.f32.f64", "f32", ["f64"], [wide * (1 + 2**-30)], np.float32)
+    np.testing.assert_array_equal(back, (wide * (1 + 2**-30)).astype(np.float32))
+    finite = np.where(np.isfinite(wide), wide, 0.5)
+    np.testing.assert_array_equal(lanewise("cvt.rmi.f64.f64", "f64", ["f64"], [finite], np.float64), np.floor(finite))
+    for opcode, of in {"add.f64": np.add, "sub.f64": np.subtract, "mul.f64": np.multiply}.items():
+        out = lanewise(opcode, "f64", ["f64", "f64"], [finite, finite[::-1].copy()], np.float64)
+        np.testing.assert_array_equal(out, of(finite, finite[::-1]))
+
+
+def test_tf32_ties_go_away_from_zero():
+    bits = np.array([0x3F800FFF, 0x3F801000, 0xBF801000, 0x3F802FFF, 0x7F800000] * 8, np.uint32)
+    out = lanewise("cvt.rna.tf32.f32", "b32", ["f32"], [bits.view(np.float32)], np.uint32)
+    assert out[:5].tolist() == [0x3F800000, 0x3F802000, 0xBF802000, 0x3F802000, 0x7F800000]
+
+
+@pytest.mark.parametrize(("part", "whole", "count"), [("b16", "b32", 2), ("b32", "b64", 2), ("b16", "b64", 4)])
+def test_registers_are_packed_lowest_part_first(part, whole, count):
+    parts = [integers(RNG, "u" + part[1:]) for _ in range(count)]
+    items = ", ".join(f"%x{i}" for i in range(count))
+    dtype = dtype_of("u" + whole[1:])
+    # The instruction's own operands are a comment: the harness writes them one by one.
+    packed = lanewise(f"mov.{whole} %d, {{{items}}};\n//", whole, [part] * count, parts, dtype)
+    np.testing.assert_array_equal(packed.view(f"u{int(part[1:]) // 8}").reshape(-1, count), np.stack(parts, 1))
+    for i in range(count):
+        items = ", ".join("%d" if j == i else "_" for j in range(count))
+        out = lanewise(f"mov.{whole} {{{items}}}, %x0;\n//", part, [whole], [packed], parts[0].dtype)
+        np.testing.assert_array_equal(out, parts[i])

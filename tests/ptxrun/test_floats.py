@@ -10,12 +10,6 @@ from .values import floats
 RNG = np.random.default_rng(0)
 
 
-def floats(count=64):
-    values = (RNG.standard_normal(count) * 10.0 ** RNG.integers(-20, 20, count)).astype(np.float32)
-    values[:10] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.5, 3e-42, 3.4e38, 65504]
-    return values
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_floats():
     a, b, c = floats(RNG), RNG.permutation(floats(RNG)), RNG.permutation(floats(RNG))
@@ -32,8 +26,9 @@ def test_floats():
     np.testing.assert_array_equal(out, exact.astype(np.float32))
     for opcode, of in {
         "ex2.approx.f32": np.exp2, "lg2.approx.f32": np.log2, "rcp.approx.f32": lambda x: 1 / x,
-        "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "sqrt.rn.f32": np.sqrt, "abs.f32": np.abs, "neg.f32": np.negative,
-        "tanh.approx.f32": np.tanh,
+        "rcp.rn.f32": lambda x: 1 / x, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "sqrt.rn.f32": np.sqrt,
+        "sqrt.approx.f32": np.sqrt, "abs.f32": np.abs, "neg.f32": np.negative, "tanh.approx.f32": np.tanh,
+        "sin.approx.f32": np.sin, "cos.approx.f32": np.cos,
     }.items():  # fmt: skip
         out = lanewise(opcode, "f32", ["f32"], [a], np.float32)
         np.testing.assert_array_equal(out, of(a.astype(np.float64)).astype(np.float32), err_msg=opcode)
@@ -54,7 +49,9 @@ def test_rounding_down():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("cmp", ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])
+@pytest.mark.parametrize(
+    "cmp", ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
+)
 def test_float_comparisons(cmp):
     a, b = floats(RNG), RNG.permutation(floats(RNG))
     unordered = np.isnan(a) | np.isnan(b)
@@ -66,10 +63,20 @@ def test_float_comparisons(cmp):
     np.testing.assert_array_equal(lanewise(f"setp.{cmp}.f32", "pred", ["f32", "f32"], [a, b], np.uint32), expected)
 
 
-def test_packed_bf16():
-    values = torch.randn(3, 64, 2).to(torch.bfloat16)
-    a, b, c = (v.view(torch.int16).numpy().view(np.uint32).reshape(-1) for v in values)
-    out = lanewise("fma.rn.bf16x2", "b32", ["b32"] * 3, [a, b, c], np.uint32)
-    found = torch.from_numpy(out.view(np.int16).reshape(-1, 2)).view(torch.bfloat16)
-    expected = (values[0].double() * values[1].double() + values[2].double()).to(torch.bfloat16)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+PACKED = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "fma.rn": lambda a, b, c: a * b + c}
+
+
+@pytest.mark.parametrize(("type_", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+@pytest.mark.parametrize("op", PACKED)
+def test_two_16_bit_floats(op, type_, dtype):
+    """Rounded once from the exact result, which doubles hold."""
+    values = torch.from_numpy(RNG.standard_normal((3 if op == "fma.rn" else 2, 64, 2))).to(dtype)
+    expected = PACKED[op](*values.double()).to(dtype)
+    pairs = [v.view(torch.int16).numpy().view(np.uint32).reshape(-1) for v in values]
+    out = lanewise(f"{op}.{type_}x2", "b32", ["b32"] * len(pairs), pairs, np.uint32)
+    torch.testing.assert_close(
+        torch.from_numpy(out.view(np.int16).reshape(-1, 2)).view(dtype), expected, rtol=0, atol=0
+    )
+    single = [v[:, 0].contiguous().view(torch.int16).numpy().view(np.uint16) for v in values]
+    out = lanewise(f"{op}.{type_}", "b16", ["b16"] * len(single), single, np.uint16)
+    torch.testing.assert_close(torch.from_numpy(out.view(np.int16)).view(dtype), expected[:, 0], rtol=0, atol=0)

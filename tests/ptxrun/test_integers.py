@@ -45,7 +45,9 @@ def test_wide_products(type_):
     wide = type_[0] + str(2 * int(type_[1:]))
     a, b, c = integers(RNG, type_), integers(RNG, type_)[::-1].copy(), integers(RNG, wide)
     out = lanewise(f"mul.wide.{type_}", wide, [type_, type_], [a, b], c.dtype.type)
-    np.testing.assert_array_equal(wrapped(out, wide), wrapped([int(x) * int(y) for x, y in zip(a, b, strict=True)], wide))
+    np.testing.assert_array_equal(
+        wrapped(out, wide), wrapped([int(x) * int(y) for x, y in zip(a, b, strict=True)], wide)
+    )
     out = lanewise(f"mad.wide.{type_}", wide, [type_, type_, wide], [a, b, c], c.dtype.type)
     expected = wrapped([int(x) * int(y) + int(z) for x, y, z in zip(a, b, c, strict=True)], wide)
     np.testing.assert_array_equal(wrapped(out, wide), expected)
@@ -86,7 +88,9 @@ def test_bit_fields(type_):
         sign = (x >> top) & 1 if type_ == "s32" else 0
         return sum(((x >> (p + i)) & 1 if i < n and p + i <= 31 else sign) << i for i in range(32))
 
-    expected = wrapped([field(int(x) & 0xFFFFFFFF, int(p), int(n)) for x, p, n in zip(a, at, length, strict=True)], "u32")
+    expected = wrapped(
+        [field(int(x) & 0xFFFFFFFF, int(p), int(n)) for x, p, n in zip(a, at, length, strict=True)], "u32"
+    )
     np.testing.assert_array_equal(out.view(np.uint32), expected)
 
 
@@ -103,7 +107,9 @@ def test_bit_field_insert_permute_and_lop3():
     def permuted(x, y, s):
         source = (int(y) << 32 | int(x)).to_bytes(8, "little")
         chosen = [int(s) >> 4 * i & 15 for i in range(4)]
-        return int.from_bytes(bytes((0xFF if source[k & 7] & 0x80 else 0) if k & 8 else source[k] for k in chosen), "little")
+        return int.from_bytes(
+            bytes((0xFF if source[k & 7] & 0x80 else 0) if k & 8 else source[k] for k in chosen), "little"
+        )
 
     np.testing.assert_array_equal(out, np.array([permuted(*v) for v in zip(a, b, select, strict=True)], np.uint32))
     out = lanewise("lop3.b32", "b32", ["b32"] * 3, [a, b, c], np.uint32, extra=", 0xCA")
@@ -113,7 +119,9 @@ def test_bit_field_insert_permute_and_lop3():
 def test_counts():
     a, b = integers(RNG, "u32"), integers(RNG, "u64")
     np.testing.assert_array_equal(lanewise("popc.b32", "u32", ["b32"], [a], np.uint32), [bin(x).count("1") for x in a])
-    np.testing.assert_array_equal(lanewise("clz.b32", "u32", ["b32"], [a], np.uint32), [32 - int(x).bit_length() for x in a])
+    np.testing.assert_array_equal(
+        lanewise("clz.b32", "u32", ["b32"], [a], np.uint32), [32 - int(x).bit_length() for x in a]
+    )
     np.testing.assert_array_equal(lanewise("popc.b64", "u32", ["b64"], [b], np.uint32), [bin(x).count("1") for x in b])
 
 
