@@ -77,7 +77,7 @@ def test_completion(client: openai.OpenAI, example: dict[str, Any]) -> None:
     ids=str,
 )
 def test_chat_without_thinking(client: openai.OpenAI, switches: dict[str, Any]) -> None:
-    """Beside an effort that thinks, where it is not itself the effort."""
+    """Together with an effort that thinks, unless the switch is itself the effort."""
     rows = [json.loads(line) for line in (TOY / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     row = next(row for row in rows if row["greedy_correct"] and not row["thinking"])
     options = chat_options(row)

@@ -1,7 +1,7 @@
 """`LLM()` with DeepSeek's real tokenizer on a small random model: chats, thinking budgets, guided output, sampling.
 
 The weights are random, so whatever ends or shapes a reply is what the request asked for. The checkpoint has 0731's
-encoder file; nobody passes a flag.
+encoder file, and no flag is passed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reasoning and tool calls out of replies: ours right, whole and streamed in any steps; and what vLLM's get wrong.
+"""Reasoning and tool calls of replies: ours are right, whole and streamed in any steps; and what vLLM's get wrong.
 
-The second half asserts vLLM's mistakes of today, one by one as docs/serving.md lists them: when a later vLLM mends one,
-its test fails, and our mend can go.
+The second half asserts each mistake of vLLM that docs/serving.md lists: once vLLM has fixed one, its test fails, and our
+fix can go.
 """
 
 from __future__ import annotations

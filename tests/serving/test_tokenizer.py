@@ -290,7 +290,7 @@ def test_a_tool_loop_is_the_same_through_every_api(renderers, tokenizers):
     assert render_response(renderers[APRIL], input=[user("U"), thoughts, *made, *results], tools=tools) == expected
 
 
-def test_an_effort_beside_chat_template_kwargs_replaces_the_one_inside(renderers, tokenizers):
+def test_the_requests_effort_replaces_the_one_in_chat_template_kwargs(renderers, tokenizers):
     """vLLM's doing, before anything of ours sees the request: the one "do not think" that is lost."""
     request = {"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "none"}}
     expected = tokenizers[APRIL].apply_chat_template([user("U")], reasoning_effort="high")
