@@ -1,6 +1,6 @@
 """Reasoning and tool calls of replies: ours are right, whole and streamed in any steps; and what vLLM's get wrong.
 
-The second half asserts each mistake of vLLM that docs/serving.md lists: once vLLM has fixed one, its test fails, and our
+The second half asserts each mistake of vLLM that docs/serving.md lists: once vLLM has fixed one, its test fails and our
 fix can go.
 """
 
