@@ -35,7 +35,7 @@ def chat_options(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected(example: dict[str, Any]) -> tuple[str, str]:
-    """`(thoughts, answer)`. The thoughts are the characters of the question's word, apart from each other."""
+    """`(thoughts, answer)`. The thoughts are the characters of the word in the question, separated by blanks."""
     return " ".join(example["question"].split()[1]), example["answer"]
 
 

@@ -309,7 +309,7 @@ def test_both_keep_the_blank_line_before_calls(parsers):
 
 
 @pytest.mark.parametrize("parsers", [stock, ours])
-def test_both_drop_text_behind_a_mention_of_the_block(parsers):
+def test_both_drop_text_after_a_mention_of_the_block(parsers):
     assert whole(parsers(), "R</think>Write <｜DSML｜tool_calls> to call.", TOOLS).content == "Write "
 
 
@@ -319,7 +319,7 @@ def test_both_drop_calls_of_a_request_without_tools(parsers):
 
 
 @pytest.mark.parametrize("parsers", [stock, ours])
-def test_both_misread_a_name_with_a_space_behind_it(parsers):
+def test_both_misread_a_name_followed_by_a_space(parsers):
     text = one(parameter("text", "x")).replace('name="f">', 'name="f" >')
     ((name, _),) = whole(parsers(), text, TOOLS).calls
     assert name.startswith('f" >')
