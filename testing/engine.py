@@ -1,4 +1,4 @@
-"""Starts `vllm.LLM` small, so that a test has an engine within seconds, and reads whole distributions from it.
+"""Starts a small `vllm.LLM`, within seconds, and reads whole distributions from it.
 
     llm = make_llm(path)                      # fp32, in this process, one step for any prompt here
     llm = make_llm(path, max_num_batched_tokens=127, num_gpu_blocks_override=40, enable_prefix_caching=True)
@@ -20,16 +20,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# One OpenMP thread, before torch starts any: these models are too small to share, and two engines' threads that
-# spin for the same cores take ten times as long. Inherited by engines in other processes.
+# Set before torch starts its threads, and inherited by engines in other processes. One thread: these models are too
+# small to share, and threads of two engines that spin on the same cores take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# Before vLLM is imported: it configures logging, and binds threads to cores, once.
+# vLLM reads these when it is imported. It would bind the process to cores, and with it all engines of the test run.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# vLLM would bind the process to cores, and with it every other engine and oracle of the test run.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 CACHE_BYTES = 256 << 20
@@ -40,13 +39,13 @@ def make_llm(path: Path | str, *, multiprocessing: bool = False, **overrides: An
     """An engine on the checkpoint directory `path`, in fp32.
 
     Args:
-        multiprocessing: run the engine core in a process of its own, as `vllm serve` does. It must be False for
-            tests that patch the model, and True for tensor or pipeline parallelism.
-        overrides: arguments of `vllm.LLM`, in place of or besides the defaults below. Without them a prompt of
-            up to MAX_MODEL_LEN tokens is one step, and nothing is reused from the prefix cache.
+        multiprocessing: run the engine core in its own process, as `vllm serve` does. Must be False for tests that
+            patch the model, and True for tensor or pipeline parallelism.
+        overrides: arguments of `vllm.LLM` that replace or extend the defaults below. With the defaults a prompt of up
+            to MAX_MODEL_LEN tokens is one step, and nothing is reused from the prefix cache.
 
     Returns:
-        `vllm.LLM`, to be ended by `shutdown`.
+        `vllm.LLM`; end it with `shutdown`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocessing))
     from vllm import LLM
@@ -73,7 +72,7 @@ def make_llm(path: Path | str, *, multiprocessing: bool = False, **overrides: An
 
 
 def shutdown(llm: Any) -> None:
-    """End the engine and, if it ran in this process, vLLM's process groups, so that another can start."""
+    """End the engine and, if it ran in this process, vLLM's process groups, so that another engine can start."""
     llm.llm_engine.engine_core.shutdown()
     _leave_process_groups()
 
@@ -86,7 +85,7 @@ def _leave_process_groups() -> None:
 
 @contextlib.contextmanager
 def running(path: Path | str, **overrides: Any) -> Iterator[Any]:
-    """`make_llm`, shut down at the end of the `with` block."""
+    """`make_llm`, and `shutdown` at the end of the `with` block."""
     llm = make_llm(path, **overrides)
     try:
         yield llm
@@ -95,32 +94,32 @@ def running(path: Path | str, **overrides: Any) -> Iterator[Any]:
 
 
 def full_logprobs(llm: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """log-softmax over the vocabulary after every token of each prompt, fp32 [T, V], served in one batch.
+    """The log-softmax over the vocabulary after every token of each prompt, fp32 [T, V]; one batch.
 
-    Row t is the distribution of token t + 1; the last row is the one that the first new token is drawn from.
+    Row t is the distribution of token t + 1. The first new token is drawn from the last row.
     """
     params = _greedy_params(1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True)
     vocab = llm.model_config.get_vocab_size()
     results = []
     for output in _generate(llm, prompts, params):
-        # vLLM gives None for the first token of a prompt, which nothing precedes.
+        # vLLM has no distribution for the first token of a prompt.
         assert output.prompt_logprobs.end_indices[0] == 0
         rows = [dense_logprobs(output.prompt_logprobs, vocab)[1:], dense_logprobs(output.outputs[0].logprobs, vocab)]
         table = torch.cat(rows)
         assert table.shape == (len(output.prompt_token_ids), vocab), table.shape
-        assert not table.isnan().any(), "vLLM left out a token of the vocabulary, or the model gave NaN"
+        assert not table.isnan().any(), "vLLM left out a token of the vocabulary, or the model returned NaN"
         results.append(table)
     return results
 
 
 def greedy(llm: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Exactly `max_tokens` greedy tokens after each prompt, all prompts in one call; nothing stops earlier."""
+    """Exactly `max_tokens` greedy tokens after each prompt, all prompts in one call; no stop token is applied."""
     outputs = _generate(llm, prompts, _greedy_params(max_tokens))
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def decode(llm: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[list[int], torch.Tensor]]:
-    """As `greedy`, each with the distributions [max_tokens, V] that its tokens were taken from."""
+    """Like `greedy`, each with the distributions [max_tokens, V] that its tokens were drawn from."""
     vocab = llm.model_config.get_vocab_size()
     outputs = _generate(llm, prompts, _greedy_params(max_tokens, logprobs=-1, flat_logprobs=True))
     return [
@@ -140,7 +139,7 @@ def _generate(llm: Any, prompts: Sequence[Sequence[int]], params: Any) -> list[A
 
 
 def dense_logprobs(flat: Any, vocab: int) -> torch.Tensor:
-    """vLLM's FlatLogprobs as [positions, vocab] fp32; NaN where it says nothing."""
+    """vLLM's FlatLogprobs as [positions, vocab] fp32; NaN where it has no entry."""
     starts, ends = torch.tensor(flat.start_indices), torch.tensor(flat.end_indices)
     position = torch.arange(len(starts)).repeat_interleave(ends - starts)
     table = torch.full((len(starts), vocab), torch.nan)

@@ -1,10 +1,10 @@
 """Makes Triton's interpreter compute bf16 and e4m3 as a GPU does.
 
-As shipped (3.6 to 3.9) it truncates where a GPU rounds to the nearest, and multiplies bf16 matrices as the
-integers that it stores them as. torch converts in its place, and matrices are widened to fp32 first, which is exact.
+As shipped (3.6 to 3.9) it truncates where a GPU rounds to nearest, and multiplies bf16 matrices as the integers that it
+stores them as. Here torch converts, and matrices are widened to fp32 first, which is exact.
 
-It also looks through all of Triton's language at every call of a function by a kernel, to put its own operations in
-their places, where they are since the kernel began: a third of its time, which is saved.
+At every call of a function by a kernel it also replaces all operations of Triton's language by its own, although they
+have been its own since the kernel began. That takes a third of its time and is skipped here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _patch_lang = interpreter._patch_lang
 
 
 def correct() -> None:
-    """Do it for this process; a second call changes nothing."""
+    """Correct the interpreter of this process; a second call changes nothing."""
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._patch_lang = patch_lang
 
 
 def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
-    """The bits of `data` (values of `source`, as the interpreter stores them) in `target`, rounded to nearest even."""
+    """The bits of `data` in dtype `target`, rounded to nearest even. data: values of dtype `source` as stored."""
     known = (tl.float32, tl.float16, *_TORCH)
     if source not in known or target not in known:
         return _convert_float(data, source, target, rounding_mode)
@@ -66,21 +66,21 @@ def _widened(x: Any) -> Any:
     return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
-class _Nothing:
-    """What undoes no patch."""
+class _NoPatch:
+    """Stands for a patch that was not needed."""
 
     def restore(self) -> None:
         pass
 
 
 def patch_lang(fn: Callable[..., Any]) -> Any:
-    """Patch the language for `fn`, unless its modules are patched already: all of a module is, or nothing."""
+    """Patch the language for `fn`, unless it is patched; of a module either all is patched or nothing."""
     if any(tl.core.is_builtin(module.load) for module in _language(fn)):
         return _patch_lang(fn)
-    return _Nothing()
+    return _NoPatch()
 
 
 @functools.cache
 def _language(fn: Callable[..., Any]) -> list[ModuleType]:
-    """The modules of Triton's language that `fn` sees, which the interpreter patches."""
+    """The modules of Triton's language in the globals of `fn`, which the interpreter patches."""
     return [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]

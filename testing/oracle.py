@@ -1,7 +1,7 @@
-"""transformers' DeepSeek-V4 in fp32, the reference that the served model is held against.
+"""transformers' DeepSeek-V4 in fp32: the reference for the model in vLLM.
 
-It simulates no quantisation and is right in fp32 only (its bf16 path crashes or rounds elsewhere), needs
-eager attention, and must see one unpadded sequence at a time: its compressors pool padding.
+It simulates no quantisation, is correct in fp32 only (its bf16 path crashes or rounds elsewhere) and with eager
+attention only, and takes one unpadded sequence at a time: its compressors pool padding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 
 def load_oracle(directory: Path | str) -> Any:
-    """The model of a directory with native, saved or transformers names, in fp32, in eval mode."""
+    """The model of a directory with native, saved or transformers names, in fp32 and in eval mode."""
     model, info = DeepseekV4ForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -26,7 +26,7 @@ def load_oracle(directory: Path | str) -> Any:
         experts_implementation="eager",
         output_loading_info=True,
     )
-    # transformers fills what is missing with random numbers and goes on.
+    # transformers fills missing tensors with random numbers and goes on.
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise ValueError(f"transformers could not read all of {directory}: {wrong}")
@@ -35,14 +35,14 @@ def load_oracle(directory: Path | str) -> Any:
 
 @torch.no_grad()
 def logprobs(model: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """log-softmax over the vocabulary at every position, fp32 [T, V]."""
+    """The log-softmax over the vocabulary at every position, fp32 [T, V]."""
     logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 
 @torch.no_grad()
 def greedy(model: Any, prompt: Sequence[int], max_tokens: int, stop: Collection[int] = ()) -> list[int]:
-    """Greedy continuation, with the token that stopped it; no cache, so that none can be wrong."""
+    """The greedy continuation with the token that stopped it. No cache is used, so none can be wrong."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
         logits = model(torch.tensor([tokens]), use_cache=False, logits_to_keep=1).logits
@@ -54,11 +54,11 @@ def greedy(model: Any, prompt: Sequence[int], max_tokens: int, stop: Collection[
 
 @torch.no_grad()
 def selection_margins(model: Any, tokens: Sequence[int]) -> dict[str, float]:
-    """How clear the model's discrete choices are: "router" and "indexer", the smallest gap of any of them.
+    """How clear the model's discrete choices are: the smallest gap of any of them, for "router" and "indexer".
 
-    A gap is between the last chosen score and the first one left out, over the scores' standard deviation.
-    Two right implementations may differ where it is not far above fp32 rounding (6e-8, grown by the layers
-    before it). inf where nothing was left out.
+    A gap is the difference between the last chosen score and the first one left out, divided by the scores' standard
+    deviation. Two correct implementations may differ where it is not far above fp32 rounding (6e-8, which grows from
+    layer to layer). inf if nothing was left out.
     """
     margins = {"router": math.inf, "indexer": math.inf}
     with _record_topk(margins):
@@ -68,7 +68,7 @@ def selection_margins(model: Any, tokens: Sequence[int]) -> dict[str, float]:
 
 @contextmanager
 def _record_topk(margins: dict[str, float]) -> Iterator[None]:
-    """Watch torch.topk as the model's two users call it: the router on experts, the indexer on entries."""
+    """Watch the model's two uses of torch.topk: the router on experts, the indexer on entries."""
 
     def recorder(kind: str, original: Any) -> Any:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

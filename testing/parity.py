@@ -1,4 +1,4 @@
-"""One of `tiny.CONFIGS` in an fp32 engine, beside what transformers says about the same prompt."""
+"""One of `tiny.CONFIGS` in an fp32 engine, with transformers' answer to the same prompt."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from testing import engine, oracle, tiny
 
-# Two right fp32 implementations differ by the order of their sums: 5e-6 to 1.1e-5 over these configurations
-# (a logprob near -10 has an ulp of 1e-6, and sums of a few hundred terms lose a few ulps in each layer).
+# Two correct fp32 implementations differ by the order of their sums: 5e-6 to 1.1e-5 over these configurations.
+# A logprob near -10 has an ulp of 1e-6, and sums of a few hundred terms lose a few ulps in each layer.
 TOLERANCE = 1e-4
 
 
 @dataclass
 class Served:
-    """A running engine with its checkpoint's prompt, T tokens."""
+    """A running engine and its checkpoint's prompt of T tokens."""
 
     name: str
     llm: Any
@@ -32,13 +32,13 @@ class Served:
     """transformers' log-softmax [T, V]."""
 
     def error(self) -> float:
-        """Serve the prompt: the largest |difference| to transformers over all positions and the vocabulary."""
+        """Run the prompt: the largest |difference| from transformers over all positions and the vocabulary."""
         return float((engine.full_logprobs(self.llm, [self.tokens])[0] - self.expected).abs().max())
 
 
 @contextlib.contextmanager
 def serve(name: str, directory: Path, **overrides: Any) -> Iterator[Served]:
-    """Write CONFIGS[name] below `directory` and run it; `overrides` as in `engine.make_llm`."""
+    """Write CONFIGS[name] below `directory` and run it. overrides: as for `engine.make_llm`."""
     spec = tiny.CONFIGS[name]
     path = tiny.write_checkpoint(directory / name, spec)
     reference, tokens = oracle.load_oracle(path), tiny.prompt_tokens(spec)

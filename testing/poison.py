@@ -1,7 +1,7 @@
-"""Fills what the package allocates without initialising, so that a value nobody wrote cannot look right by luck.
+"""Fills memory that the package allocates without initialising, so that a value never written cannot look right.
 
-Fresh memory is mostly zeros, which is what a forgotten write should have put there. Here a floating tensor starts as
-NaN, an index far out of range, and bytes as 0xFF, which is NaN in every format that the cache packs into bytes.
+Fresh memory is mostly zeros, often the very values that a forgotten write should have stored. Here floats start as
+NaN, integers far out of any index's range, and bytes as 0xFF, which is NaN in every format of the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POISON_BYTE = 0xFF
 
 
 def fill(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite `tensor` with NaN or with the integer poison of its dtype, and return it."""
+    """Overwrite `tensor` with NaN, or with the poison of its integer dtype; returns it."""
     with torch.no_grad():
         if tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool:
             tensor.view(torch.uint8).fill_(POISON_BYTE)
@@ -34,8 +34,8 @@ def fill(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def poison_integer(dtype: torch.dtype) -> int:
-    """Wrong wherever it is used: as an index far below any tensor, and a quarter of the range so that sums of two
-    do not wrap round to something plausible."""
+    """Wrong wherever it is used: an index far below any tensor's, and a quarter of the range, so that the sum of two
+    does not wrap around to a plausible value."""
     if dtype is torch.bool:
         return 1
     limits = torch.iinfo(dtype)
@@ -43,12 +43,12 @@ def poison_integer(dtype: torch.dtype) -> int:
 
 
 def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`allocate`, whose result is filled when a module of the package calls it."""
+    """`allocate`, whose result is filled with poison if a module of the package calls it."""
 
     @functools.wraps(allocate)
     def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         result = allocate(*args, **kwargs)
-        # torch.compile cannot trace the look at the frame, and in a graph there is nothing to forget.
+        # torch.compile cannot trace sys._getframe.
         if not torch.compiler.is_compiling() and _in_package(sys._getframe(1).f_globals.get("__name__", "")):
             fill(result)
         return result
@@ -63,7 +63,7 @@ def _in_package(module: str) -> bool:
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Patch torch's allocating functions and methods until the end of the `with` block."""
-    # torch lists the functions that `with torch.device(...)` applies to on first use; it must list the originals.
+    # On its first use `with torch.device(...)` lists the functions that it applies to: it must list the originals.
     with torch.device("cpu"):
         torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:

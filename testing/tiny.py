@@ -1,9 +1,8 @@
-"""Small random checkpoints whose numbers make every trap of the architecture bind.
+"""Small random checkpoints in which every trap of the architecture shows.
 
-`CONFIGS` names the configurations, `write_checkpoint` writes one to a directory in any of the naming styles,
-and `prompt_tokens` gives the prompt it was made for. With these prompts and seeds no choice of experts or of
-indexer entries is decided by fp32 rounding, and every value that somebody got wrong moves the output, which
-`test_oracle.py` checks.
+`CONFIGS` has the configurations, `write_checkpoint` writes one to a directory in any naming style, and
+`prompt_tokens` makes its prompt. With these prompts and seeds fp32 rounding decides no choice of experts or of indexer
+entries, and every value that an implementation has got wrong changes the output; `test_oracle.py` checks both.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TinySpec:
-    """One small model: what differs from `BASE`, the length of its prompt, and the spread of its biases."""
+    """One small model: its differences from `BASE`, the length of its prompt, and the spread of its biases."""
 
     why: str
     overrides: Mapping[str, Any]
@@ -86,7 +85,7 @@ class TinySpec:
     @property
     def hf_config(self) -> dict[str, Any]:
         """config.json in DeepSeek's own form."""
-        # A copy to the bottom: the config classes of transformers and vLLM write into rope_scaling.
+        # A deep copy: the config classes of transformers and vLLM write into rope_scaling.
         return copy.deepcopy({**BASE, **self.overrides})
 
     @property
@@ -116,12 +115,12 @@ CONFIGS: dict[str, TinySpec] = {
         prompt_length=650,
     ),
     "yarn": TinySpec(
-        "YaRN far past its original length, on compressed layers only",
+        "YaRN far beyond its original length, in compressed layers only",
         {"compress_ratios": [4, 128, 0, 4, 0], "rope_scaling": _yarn(64), "num_hash_layers": 1},
         prompt_length=400,
     ),
     "topk": TinySpec(
-        "the indexer chooses 8 of up to 50 entries, by scores of 32 heads, which do not tie",
+        "the indexer chooses 8 of up to 50 entries by the scores of 32 heads, which do not tie",
         {
             "num_hidden_layers": 3,
             "compress_ratios": [0, 4, 4, 0],
@@ -133,7 +132,7 @@ CONFIGS: dict[str, TinySpec] = {
         seed=15,
     ),
     "odd": TinySpec(
-        "no size is a power of two, three heads to a group, a vocabulary that no tokenizer has",
+        "no size is a power of two, three heads a group, a vocabulary of no tokenizer",
         {
             "num_attention_heads": 6,
             "o_groups": 2,
@@ -155,7 +154,7 @@ CONFIGS: dict[str, TinySpec] = {
         seed=10,
     ),
     "clamp": TinySpec(
-        "the clamp cuts most activations on one side or both; sinks, ape and mHC bases far from zero",
+        "the clamp limits most activations on one side or both; sinks, ape and mHC bases far from zero",
         {"swiglu_limit": 0.3, "compress_ratios": [0, 128, 4, 4, 0, 0, 0], "compress_rope_theta": 50000},
         prompt_length=300,
         sink=4.0,
@@ -197,12 +196,12 @@ CONFIGS: dict[str, TinySpec] = {
     ),
 }
 
-# fp32 in DeepSeek's files whatever the type of the rest.
+# fp32 in DeepSeek's files, whatever the dtype of the rest.
 _ALWAYS_FP32 = ("hc_", "attn_sink", ".ape", "gate.bias")
 
 
 def random_tensors(spec: TinySpec) -> dict[str, torch.Tensor]:
-    """All tensors of the model by native name, fp32 (tid2eid int64), the same on every machine."""
+    """All tensors of the model by native name, fp32 (tid2eid int64); the same on every machine."""
     generator = torch.Generator().manual_seed(spec.seed)
     return {
         name: _random_tensor(name, tensor.shape, spec, generator)
@@ -239,7 +238,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], spec: TinySpec, generator:
 
 
 def prompt_tokens(spec: TinySpec, length: int | None = None, seed: int = 0) -> list[int]:
-    """BOS and then random ids, never a special one; other seeds give other prompts."""
+    """BOS and random ids without special ones. Another seed gives another prompt."""
     generator = torch.Generator().manual_seed(1000 + seed)
     count = spec.prompt_length if length is None else length
     ids = torch.randint(3, spec.config.vocab_size, (count,), generator=generator).tolist()
@@ -258,16 +257,16 @@ def write_checkpoint(
     shards: int = 1,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write `spec` as a checkpoint directory and return it.
+    """Write `spec` as a checkpoint directory; returns the directory.
 
     Args:
-        dtype: of the weights; what DeepSeek keeps in fp32 stays so.
+        dtype: of the weights. What DeepSeek keeps in fp32 stays in fp32.
         style: how tensors are named (see `names.stored_name`).
         fused: stack the experts of a layer as transformers does.
-        resaved_config: write config.json as transformers would save it again.
-        tokenizer: directory to copy tokenizer files from, such as `TOY`.
-        shards: number of safetensors files, with an index if more than one.
-        tensors: written in place of `random_tensors(spec)`, by native name.
+        resaved_config: write config.json as transformers saves it.
+        tokenizer: a directory to copy the tokenizer's files from, such as `TOY`.
+        shards: the number of safetensors files; more than one get an index.
+        tensors: by native name, written instead of `random_tensors(spec)`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     native = dict(random_tensors(spec) if tensors is None else tensors)
@@ -312,7 +311,7 @@ def fuse_experts(config: DeepseekV4Config, tensors: Mapping[str, torch.Tensor]) 
 
 
 def resaved(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A native config.json as transformers 5 writes it: other keys for the schedule, rope and hash layers."""
+    """A native config.json as transformers 5 saves it: other keys for the schedule, rope and hash layers."""
     config = dict(hf_config)
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     ratios = config.pop("compress_ratios")[:layers]

@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch and vLLM are imported, which read these once; inherited by every process that a test starts.
+# torch, vLLM and Triton read these when they are imported; every process that a test starts inherits them.
 DEFAULTS = {
-    # Two engines' threads that spin for the same cores take ten times as long (testing/engine.py).
+    # Threads of two engines that spin on the same cores take ten times as long (testing/engine.py).
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Every checkpoint here is a local directory; a look at the hub could only hang.
+    # Every checkpoint here is a local directory. Asking the hub could only hang.
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    # Where there is no GPU, Triton's interpreter runs the kernels; Triton reads this when it is imported.
+    # Without a GPU, Triton's interpreter runs the kernels.
     **({} if any(Path("/dev").glob("nvidia[0-9]*")) else {"TRITON_INTERPRET": "1"}),
 }
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
-# Needs what tests/test_v2_runner.py puts into the environment.
+# tests/test_v2_runner.py runs these with the variables that they need.
 collect_ignore = [] if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else ["v2_on_cpu"]
 
 import pytest  # noqa: E402
@@ -35,9 +35,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     correct()
 
 
-# What takes minutes comes first, so that no worker is left with it when the others are through.
-LONGEST = ("test_v2_runner.py", "benchmarks", "serving", "scheduler", "examples", "test_demo.py", "test_parity.py")
-# Tests of these folders share a server or an engine's results for the whole session.
+# Tests that take minutes start first, so that no worker is left with one when the others have finished.
+LONGEST = ("test_v2_runner.py", "checks", "serving", "scheduler", "examples", "test_demo.py", "test_parity.py")
+# The tests of each of these folders share a server, or the results of an engine.
 SHARING = ("serving", "scheduler")
 
 
@@ -47,12 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Workers take whole files, or whole folders, because fixtures of theirs start engines; in the order above."""
+    """Workers take whole files, or the folders of SHARING, whose fixtures start engines, in the order of LONGEST."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            # The V2 runner's tests share nothing: each starts a pytest of its own.
+            # These share nothing: each starts its own pytest.
             if _top(nodeid) == "test_v2_runner.py":
                 return nodeid
             return _top(nodeid) if _top(nodeid) in SHARING else nodeid.partition("::")[0]
@@ -74,7 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def why_no_gpu() -> str | None:
-    """Why a test marked `gpu` cannot run here; None where it can."""
+    """Why a test marked `gpu` cannot run here; None if it can."""
     import torch
 
     if torch.cuda.is_available():
@@ -84,7 +84,7 @@ def why_no_gpu() -> str | None:
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    """Random numbers that depend on the test alone, not on the tests before it."""
+    """Random numbers depend on the test only, not on the tests that ran before it."""
     seed_all(request.node.nodeid)
 
 
@@ -99,7 +99,7 @@ def seed_all(name: str) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _poison() -> Iterator[None]:
-    """For the whole session, because engines of module-scoped fixtures outlive a test. See testing/poison.py."""
+    """For the whole session: engines of module-scoped fixtures outlive a test. See testing/poison.py."""
     from testing.poison import poisoned_allocations
 
     with poisoned_allocations():

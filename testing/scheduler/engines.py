@@ -34,16 +34,16 @@ class Engines:
 
 
 class References:
-    """Results of requests that ran alone, unchunked and uncached; each is computed once."""
+    """Results of requests that ran alone, unchunked and uncached. Each is computed once."""
 
     def __init__(self, engines: Engines, known: dict[tuple[Any, ...], Result]) -> None:
         self._engines = engines
         self._results = known
 
     def get(self, prompt: tuple[int, ...], tokens: int, runner: Runner | None = None, **options: Any) -> Result:
-        """At least `tokens` new tokens after `prompt`, by `runner`, or else by an engine with these options.
+        """At least `tokens` new tokens after `prompt`, from `runner` or an engine with these options.
 
-        The prefix cache of `runner` is lost.
+        The prefix cache of `runner` is emptied.
         """
         key = (prompt, *sorted(options.items()))
         known = self._results.get(key)

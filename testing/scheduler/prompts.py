@@ -1,8 +1,8 @@
 """The model and the texts of the scheduler tests.
 
-Every run of a prompt must give the same tokens, so no choice in it may hang on fp32 rounding: neither which
-experts a token visits nor which entries the indexer keeps. The seeds below were searched for texts whose
-narrowest choice is wider than `MIN_MARGIN`, which `test_reference.py` checks against transformers.
+Every run of a prompt must give the same tokens, so no choice in it may depend on fp32 rounding: neither a token's
+experts nor the entries that the indexer keeps. The seeds below were searched for texts whose narrowest choice is wider
+than `MIN_MARGIN`; `test_reference.py` checks that with transformers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _TEXTS = ((37, 300, 0), (37, 300, 2), (24, 530, 0), (24, 530, 1), (11, 1, 0))
 
 
 def random_ids(count: int, seed: int) -> list[int]:
-    """`count` ids without special ones."""
+    """`count` random ids without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, SPEC.config.vocab_size, (count,), generator=generator).tolist()
 
 
 def text(stem_seed: int, stem_length: int, rest_seed: int) -> tuple[int, ...]:
-    """BOS, then a stem, then a rest, TEXT_LENGTH tokens together."""
+    """BOS, a stem and a rest, TEXT_LENGTH tokens in all."""
     stem = random_ids(stem_length - 1, stem_seed)
     return (0, *stem, *random_ids(TEXT_LENGTH - stem_length, 1000 * (stem_seed + 1) + rest_seed))
 

@@ -1,12 +1,12 @@
-"""Runs requests on an engine in this process step by step, and steers its scheduler between the steps.
+"""Runs requests on an engine in this process step by step, and controls its scheduler between the steps.
 
     runner = Runner(llm)
     run = runner.run([Request(prompt, 12), Request(other, 8, arrival=3, abort_after=5)], budgets=(1, 7, 128))
     run.results[0].logprobs, run.chunks(0), run.preemptions
 
-`budgets` is the number of tokens of each step, taken in turn; a `Squeeze` takes free blocks away for some steps,
-so that running requests are preempted. Both use attributes of vLLM's scheduler that vLLM does not promise; a
-release without them fails here with an AttributeError.
+`budgets` are the numbers of tokens of the steps, used in turn. A `Squeeze` takes free blocks away for some steps, so
+that running requests are preempted. Both use private attributes of vLLM's scheduler: a release without them fails here
+with an AttributeError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from testing.engine import dense_logprobs
 
-# The order of sums changes with the batch: up to 1e-5 was seen in these tests. A wrong row costs 1e-2 and more.
+# The order of sums changes with the batch: by up to 1e-5 in these tests. A wrong row makes 1e-2 and more.
 TOLERANCE = 1e-4
 MAX_STEPS = 20_000
 
@@ -29,8 +29,8 @@ MAX_STEPS = 20_000
 class Request:
     """A greedy request for exactly `max_tokens` tokens.
 
-    arrival: the step before which it is added. abort_after: how many steps after that it is aborted, if it still
-    runs. prompt_logprobs: ask for the distribution after every prompt token; such a request reads no prefix cache.
+    arrival: the step before which it is added. abort_after: how many steps later it is aborted, if it still runs.
+    prompt_logprobs: ask for the distribution after every prompt token; such a request does not read the prefix cache.
     """
 
     prompt: tuple[int, ...]
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Squeeze:
-    """From step `start` on, for `steps` steps, only `free` blocks more than are in use can be had."""
+    """For `steps` steps, beginning with step `start`, only `free` blocks are left free."""
 
     start: int
     steps: int
@@ -53,7 +53,7 @@ class Squeeze:
 class Result:
     """tokens: the generated ones. logprobs: [tokens, vocab], the distribution that each was drawn from.
 
-    prompt_logprobs: [prompt - 1, vocab], if asked for. cached: prompt tokens that came from the prefix cache.
+    prompt_logprobs: [prompt - 1, vocab], if requested. cached: prompt tokens from the prefix cache.
     """
 
     tokens: list[int]
@@ -64,7 +64,7 @@ class Result:
 
 @dataclass
 class Run:
-    """results: one for each request, None if it was aborted. steps: tokens scheduled, by request, in each step."""
+    """results: one for each request, None if it was aborted. steps: the tokens of each step by request."""
 
     results: list[Result | None]
     steps: list[dict[int, int]] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Runner:
         assert self.engine.reset_prefix_cache(), "a request still holds blocks"
 
     def alone(self, prompt: Sequence[int], max_tokens: int) -> Result:
-        """The reference: nothing else runs, nothing is cached, the prompt is one step."""
+        """The reference: no other request runs, nothing is cached, and the prompt is one step."""
         assert len(prompt) <= self.max_budget
         self.forget()
         run = self.run([Request(tuple(prompt), max_tokens, prompt_logprobs=True)])
@@ -115,7 +115,7 @@ class Runner:
         return run.result(0)
 
     def run(self, requests: Sequence[Request], budgets: Sequence[int] = (), squeezes: Sequence[Squeeze] = ()) -> Run:
-        """Serve the requests to their ends; AssertionError if that takes more than MAX_STEPS steps."""
+        """Run the requests to their ends; AssertionError if that takes more than MAX_STEPS steps."""
         self._log.clear()
         outputs: dict[str, Any] = {}
         names = [f"{next(self._names)}" for _ in requests]
@@ -166,7 +166,7 @@ class Runner:
 
 
 def generate(llm: Any, requests: Sequence[Request]) -> list[Result]:
-    """Serve requests all at once on an engine of any kind; arrivals and aborts play no part."""
+    """Run requests all at once on an engine of any kind; arrivals and aborts are ignored."""
     prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
     outputs = llm.generate(prompts, [_sampling(request) for request in requests], use_tqdm=False)
     return [read_output(output, llm.model_config.get_vocab_size()) for output in outputs]
@@ -188,7 +188,7 @@ def read_output(output: Any, vocab: int) -> Result:
     completion = output.outputs[0]
     prompt_logprobs = None
     if output.prompt_logprobs is not None:
-        # vLLM gives None for the first token of a prompt, which nothing precedes.
+        # vLLM has no distribution for the first token of a prompt.
         prompt_logprobs = dense_logprobs(output.prompt_logprobs, vocab)[1:]
     return Result(
         list(completion.token_ids),
@@ -199,10 +199,10 @@ def read_output(output: Any, vocab: int) -> Result:
 
 
 def difference(result: Result, reference: Result, tolerance: float = TOLERANCE) -> float:
-    """The largest |Δlogprob| of `result` against `reference`, of which it may be a beginning.
+    """The largest |Δlogprob| between `result` and `reference`, which may have more tokens.
 
     Raises:
-        AssertionError: a difference above `tolerance`, or another token where the reference is not undecided.
+        AssertionError: a difference above `tolerance`, or another token where the reference's choice is clear.
     """
     count = len(result.tokens)
     assert 0 < count <= len(reference.tokens)
@@ -215,7 +215,7 @@ def difference(result: Result, reference: Result, tolerance: float = TOLERANCE) 
         worst = max(worst, _largest(ours[None], theirs[None], f"new token {place}", tolerance))
         if result.tokens[place] != reference.tokens[place]:
             best, second = theirs.topk(2).values.tolist()
-            # Two tokens within rounding of each other: either is right, and what follows is another text.
+            # Two tokens within rounding of each other: both are right, and what follows differs.
             assert best - second <= 2 * tolerance, f"new token {place}: {result.tokens} is not {reference.tokens}"
             break
     return worst
@@ -224,8 +224,8 @@ def difference(result: Result, reference: Result, tolerance: float = TOLERANCE) 
 def _largest(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float) -> float:
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
     if not ours.numel():
-        return 0.0  # the prompt logprobs of a prompt of one token
-    # NaN must not pass for small.
+        return 0.0  # a prompt of one token has no prompt logprobs
+    # A NaN must not count as small.
     gaps = (ours - theirs).abs().nan_to_num(nan=torch.inf).amax(-1)
     worst, row = float(gaps.max()), int(gaps.argmax())
     assert worst <= tolerance, f"{what}, row {row} of {len(ours)}: logprobs differ by {worst:.2e}"

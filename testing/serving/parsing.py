@@ -1,4 +1,4 @@
-"""Replays a fixed reply through vLLM's output parsers, whole and streamed, as its server does, without an engine."""
+"""Parses a given reply with vLLM's output parsers, whole or streamed, as its server does, but without an engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EOS_ID = 1
 
 @dataclass
 class Reply:
-    """What a client ends up with."""
+    """What a client has received in the end."""
 
     reasoning: str = ""
     content: str = ""
@@ -63,7 +63,7 @@ def make_request(tools: Sequence[Any], **fields: Any) -> Any:
 
 
 def make_parser(parsers: tuple[Any, Any], request: Any, **chat_template_kwargs: Any) -> Any:
-    """The pair composed as by `--reasoning-parser deepseek_v4 --tool-call-parser deepseek_v4`."""
+    """The parser that `--reasoning-parser deepseek_v4 --tool-call-parser deepseek_v4` composes of the two."""
     from vllm.parser.abstract_parser import DelegatingParser
 
     class Composed(DelegatingParser):
@@ -73,7 +73,7 @@ def make_parser(parsers: tuple[Any, Any], request: Any, **chat_template_kwargs: 
 
 
 def whole(parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), **chat_template_kwargs: Any) -> Reply:
-    """The reply `text` parsed at its end."""
+    """The reply `text` parsed when it is complete."""
     request = make_request(tools)
     parser = make_parser(parsers, request, **chat_template_kwargs)
     reasoning, content, calls = parser.parse(
@@ -85,11 +85,12 @@ def whole(parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), **chat
 def streamed(
     parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), *, step: int = 1, **chat_template_kwargs: Any
 ) -> Reply:
-    """The reply parsed as it comes, `step` tokens at a time, and put together as a client does."""
+    """The reply parsed while it arrives, `step` tokens at a time, and joined as a client joins it."""
     request = make_request(tools)
     parser = make_parser(parsers, request, **chat_template_kwargs)
     prompt = tokenizer().apply_chat_template([{"role": "user", "content": "U"}], **chat_template_kwargs)
-    reply, arguments = Reply(), []
+    reply = Reply()
+    arguments: list[Any] = []
     stream, ids = DecodeStream(skip_special_tokens=False), ids_of(text)
     for start in range(0, len(ids) + 1, step):
         chunk = ids[start : start + step]

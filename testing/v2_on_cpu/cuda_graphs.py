@@ -1,8 +1,8 @@
-"""vLLM's CUDA graphs on a CPU: what they capture, they record, and a replay repeats it on the same tensors.
+"""vLLM's CUDA graphs on a CPU: a capture records operations, and a replay repeats them on the same tensors.
 
-A replay therefore sees what a GPU's would: whatever a step decided on the host while it was captured stays decided, and
-whatever the next step puts into another tensor than the captured one is not seen. What a capture forbids on a GPU
-because its result depends on data is refused here too. Unlike a GPU's, the memory of a capture is never used again.
+A replay therefore does what a GPU's does: what the captured step decided on the host stays decided, and values that the
+next step writes to other tensors than the captured ones are not seen. Operations whose result depends on data, which a
+GPU's capture forbids, are refused here too. Unlike on a GPU, the memory of a capture is not reused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_deepseek_v4flash.ops.triton import launch
 
 
 class CpuGraph:
-    """As much of `torch.cuda.CUDAGraph` as vLLM uses."""
+    """The part of `torch.cuda.CUDAGraph` that vLLM uses."""
 
     made: ClassVar[list[CpuGraph]] = []
 
@@ -48,7 +48,7 @@ class CpuGraph:
         self.recording.replay()
 
     def _launched(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """A Triton kernel starts; its interpreter's own calls of torch are not part of the graph."""
+        """Run and record a Triton kernel. The torch calls of its interpreter are not part of the graph."""
 
         def run() -> None:
             if all(grid):
@@ -71,7 +71,7 @@ def _graph(graph: CpuGraph, *pool: Any, **options: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
-    """vLLM captures into `CpuGraph`s meanwhile."""
+    """vLLM captures into `CpuGraph`s during the `with` block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", CpuGraph)
         patch.setattr(torch.cuda, "graph", _graph)
@@ -88,11 +88,11 @@ def capturing() -> Iterator[None]:
 
 
 def capture(llm: Any, mode: str, sizes: list[int]) -> cudagraph_utils.ModelCudaGraphManager:
-    """Give a running engine of the V2 runner the graphs that a GPU's would have captured at its start.
+    """Give a running engine of the V2 runner the graphs that it captures at its start on a GPU.
 
     Returns:
-        The runner's new manager: what vLLM made of the `mode` that was asked for, and `graphs`, those of whole steps.
-        All, those between attention included, are in `CpuGraph.made`.
+        The runner's new manager, with the mode that vLLM made of `mode` and the graphs of whole steps (`graphs`).
+        `CpuGraph.made` has all graphs, including those between attention layers.
     """
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     config = runner.vllm_config.compilation_config
