@@ -224,10 +224,10 @@ class _Body:
 
     def _is_directive(self, line: str) -> bool:
         """Whether the line holds no statement; `.loc` sets the source line of those that follow."""
-        if line.startswith(".loc "):
-            _, file, number, *_ = line.split()
-            self.source = (self.files.get(int(file), "?"), int(number.rstrip(",")))
-        return line.startswith((".loc ", ".file ", ".pragma "))
+        words = line.split()
+        if words[:1] == [".loc"]:
+            self.source = (self.files.get(int(words[1]), "?"), int(words[2].rstrip(",")))
+        return bool(words) and words[0] in (".loc", ".file", ".pragma")
 
     def _scope(self, opens: bool) -> None:
         if opens:
