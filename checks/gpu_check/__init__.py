@@ -1,6 +1,6 @@
-"""Everything that only a GPU shows, in one command and one report.
+"""Checks everything that only a GPU shows, with one command and one report.
 
     python -m checks.gpu_check [--only PART ...] [--budget SECONDS] [--out DIR] [--commit TEXT] [--dry-run]
 
-docs/gpu-check.md says what each part shows and how to read the report.
+docs/gpu-check.md describes the parts and the report.
 """

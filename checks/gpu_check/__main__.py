@@ -3,6 +3,6 @@ import sys
 
 from .cli import main
 
-# As Ctrl-C does: the part under way is ended with us, and what it found is kept.
+# Like Ctrl-C: the running part is ended too, and its results are kept.
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 sys.exit(main(sys.argv[1:]))

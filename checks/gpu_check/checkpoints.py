@@ -1,7 +1,7 @@
-"""The small checkpoints that the `engine` part serves, and their prompts.
+"""The small checkpoints of the `engine` part, and their prompts.
 
-The trained toy is used wherever arithmetic is in 16 bits: its choices are clear, while a random model's hang on the
-last bit. The random one of the scheduler's tests is served in fp32 only; its seeds were searched for clear choices.
+The trained toy is used for arithmetic in 16 bits: its choices are clear, while a random model's depend on the last bit.
+The random model of the scheduler's tests runs in fp32 only; its seeds were searched for clear choices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEDULER_TOKENS = 40
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides about the tokens: a checkpoint, and the dtypes in which it is served.
+    """What determines the tokens: a checkpoint, and the dtypes in which it runs.
 
     Attributes:
         cache: `--kv-cache-dtype`; auto is fp8 for a 16-bit model and fp32 for one in fp32.
@@ -46,7 +46,7 @@ class Setting:
 
     @property
     def exact(self) -> bool:
-        """Whether the tokens must be equal: nothing is rounded to fewer bits than fp32's."""
+        """Whether the tokens must be equal: nothing has fewer bits than fp32."""
         return self.dtype == "float32"
 
     @property
@@ -70,7 +70,7 @@ SETTINGS = (
 
 
 def checkpoint(name: str, scratch: Path) -> Path:
-    """The directory of a checkpoint, made below `scratch` where the repository does not have it."""
+    """The directory of a checkpoint, created below `scratch` if the repository does not have it."""
     if name not in _MADE:
         return EXAMPLES / name
     directory = scratch / name
@@ -120,13 +120,13 @@ def prompts(name: str) -> list[list[int]]:
 
 
 def questions() -> list[dict[str, object]]:
-    """Questions of every kind, from all over the toy's own list."""
+    """Questions of every kind, evenly from the toy's own list."""
     lines = (EXAMPLES / "toy" / "eval.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[:: len(lines) // PROMPTS]][:PROMPTS]
 
 
 def fingerprint(directory: Path) -> str:
-    """What a checkpoint holds, but for the last bits of random numbers, in which CPUs differ."""
+    """A hash of a checkpoint's contents, except for the last bits of random numbers, in which CPUs differ."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_load(directory).items()):
         values = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor

@@ -1,4 +1,4 @@
-"""The command: runs the parts one after the other and writes the report after each."""
+"""The command line: runs the parts one after another and writes the report after each."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ DESCRIBE_SECONDS = 300.0
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m checks.gpu_check", description="Checks everything on a GPU.")
     names = [part.name for part in PARTS]
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"parts to run: {', '.join(names)}; default: all")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:.0f}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<date>-<device>")
-    parser.add_argument("--commit", help="what the report calls the commit; default: ask git")
+    parser.add_argument("--commit", help="the commit in the report; default: from git")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes; nothing is measured")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.only or ()) - set(names))
     if unknown:
-        parser.error(f"no part {', '.join(unknown)}; there are: {', '.join(names)}")
+        parser.error(f"--only {' '.join(unknown)}: there is no such part. Use: {', '.join(names)}")
     return options
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         described = describe(Path(scratch), variables, options.dry_run)
         device = described.data.get("device", {})
         if not described.data.get("usable"):
-            print(described.log or f"no GPU: {device.get('device')}; --dry-run goes without", file=sys.stderr)
+            print(described.log or f"no GPU: {device.get('device')}. --dry-run needs none", file=sys.stderr)
             return 2
         if options.commit:
             device["commit"] = options.commit
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str]) -> int:
 def run_all(
     report: CheckReport, out: Path, variables: dict[str, str], options: argparse.Namespace, started: float
 ) -> None:
-    """Run the chosen parts, each for its share of what is left of the budget."""
+    """Run the chosen parts, each for its share of the remaining budget."""
     chosen = [part for part in PARTS if not options.only or part.name in options.only]
-    # What is under way is in the report as well, should this process not live to write another.
+    # A report from the start: it stays if this process is killed.
     report.parts = [PartResult(part.name, reason="not reached") for part in chosen]
     report.write(out)
     for number, part in enumerate(chosen):
@@ -83,10 +83,10 @@ def run_all(
 
 
 def run_one(part: Part, rest: list[Part], left: float, out: Path, variables: dict[str, str], dry: bool) -> PartResult:
-    """left: seconds of the budget that this part and `rest` may take."""
+    """left: the seconds of the budget for this part and `rest`."""
     least = 0.0 if dry else part.least
     if left <= least:
-        reason = f"{max(0.0, left):.0f} s are left of the budget, it needs {least:.0f} at least"
+        reason = f"{max(0.0, left):.0f} s of the budget are left, it needs at least {least:.0f}"
         return PartResult(part.name, reason=reason)
     seconds = min(left, max(least, seconds_for(part, rest, left)))
     print(f"{part.name}: {part.shows}; for up to {seconds:.0f} s", flush=True)
@@ -99,7 +99,7 @@ def describe(scratch: Path, variables: dict[str, str], dry: bool) -> PartResult:
 
 
 def default_directory(device: dict[str, Any], dry: bool) -> Path:
-    """Where a report goes; those of dry runs never lie beside measurements."""
+    """The directory of a report. Reports of dry runs are never stored with measurements."""
     if dry:
         return Path(tempfile.mkdtemp(prefix="gpu-check-dry-run-"))
     name = re.sub(r"[^a-z0-9]+", "-", device["device"].partition(",")[0].lower()).strip("-")

@@ -1,8 +1,8 @@
-"""Requests that begin with a long context, none of which was computed: vLLM's own connector for decode benchmarks.
+"""Requests that begin with a long context that was never computed, by vLLM's own connector for decode benchmarks.
 
-A request that asks for it (`PRETEND` in its sampling parameters) counts all of its prompt but the last token as loaded
-from elsewhere, so its first step is a decoding step. vLLM's connector would fill our packed rows with zeros, whose
-scores all tie; ours get random rows, each cache in its own format.
+A request with `PRETEND` in its sampling parameters counts its prompt, except for the last token, as loaded from
+elsewhere, so its first step is a decoding step. vLLM's connector would fill our packed rows with zeros, whose scores
+all tie; here they are random rows in the format of each cache.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 """For `vllm.LLM`'s kv_transfer_config."""
 _PAGES = 32
-"""Pages of random rows that are made for each cache, and dealt out at random."""
+"""Pages of random rows for each cache, which are assigned at random."""
 
 
 class PretendedContext(DecodeBenchConnector):
-    """As vLLM's, for the requests that ask for it alone."""
+    """vLLM's connector, restricted to requests with PRETEND."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -41,7 +41,7 @@ class PretendedContext(DecodeBenchConnector):
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def _fill_blocks(self, group: int, block_ids: list[int], num_tokens: int) -> None:
-        """Random rows into our caches' pages; other models' are vLLM's business."""
+        """Write random rows to the pages of our caches; vLLM fills those of other models."""
         worker = self.connector_worker
         names = worker.group_to_layers[group]
         if not all(hasattr(self.caches.get(name), "format") for name in names):
@@ -54,7 +54,7 @@ class PretendedContext(DecodeBenchConnector):
             pages[chosen] = pattern[torch.randint(len(pattern), chosen.shape, device=pages.device)]
 
     def _pattern(self, name: str, pages: torch.Tensor) -> torch.Tensor:
-        """Some pages of the cache's shape, full of random rows. pages: [P, 1, rows, row_size]."""
+        """Pages of the cache's shape, full of random rows. pages: [P, 1, rows, row_size]."""
         if name not in self.patterns:
             fmt, (rows, size) = self.caches[name].format, pages.shape[2:]
             made = torch.zeros((_PAGES, rows * size), dtype=pages.dtype, device=pages.device)

@@ -1,4 +1,4 @@
-"""Which device, driver, clocks and versions the check runs on."""
+"""The device, driver, clocks and versions that the check runs on."""
 
 from __future__ import annotations
 

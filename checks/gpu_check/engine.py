@@ -1,7 +1,7 @@
-"""The part `engine`: small checkpoints in vLLM, their tokens held against the CPU's.
+"""The part `engine`: small checkpoints in vLLM, and their tokens compared with the CPU's.
 
-In fp32 every token must be the CPU's. In 16 bits, or with fp8 rows, two right implementations round at other places,
-so a reply may part from the CPU's where that was nearly undecided: `NEAR` says how nearly, `LEAST` how many may.
+In fp32 every token must be the CPU's. In 16 bits, or with fp8 rows, two correct implementations round differently, so a
+reply may differ from the CPU's where the choice was close: within `NEAR`, and in at most 1 - `LEAST` of the replies.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,20 @@ NEAR = 1.0
 """Nats between the best two tokens. On a CPU, PyTorch's ops and Numba's, which sum in another order, differ in that
 distance by 0.01 on average and by up to 1.3 in 16 bits with fp8 rows, and by 0.001 at most in fp32."""
 LEAST = 0.95
-"""Of the replies must be the CPU's in 16 bits, as in tests/test_gpu.py. Those two sets of ops agree on all 64 replies
-of every setting, and so do 16 bits and fp32; a wrong kernel turns nearly all."""
+"""The share of replies that must be the CPU's in 16 bits, as in tests/test_gpu.py. Those two sets of ops agree on all
+64 replies of every setting, and so do 16 bits and fp32; a wrong kernel changes nearly all."""
 NEEDS = 20.0
-"""Seconds of an engine's start, its captures and its requests, at least; else as long as those of the last one."""
+"""Seconds for an engine's start, captures and requests; if the last engine took longer, as long as that."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """One engine. graphs: with CUDA graphs, and then eagerly as well; else as users start it, which is eagerly."""
+    """One engine. graphs: with CUDA graphs and then eagerly; otherwise without options, which is eager."""
 
     setting: Setting
     graphs: bool = True
     alone: int = 0
-    """How many of the prompts are also served one at a time."""
+    """How many of the prompts also run one at a time."""
 
     @property
     def name(self) -> str:
@@ -44,10 +45,10 @@ class Start:
 
 
 def starts(dry: bool) -> list[Start]:
-    """What matters most comes first, for a budget that does not reach to the end."""
+    """The most important first, in case the budget does not suffice for all."""
     by_name = {setting.name: setting for setting in SETTINGS}
     if dry:
-        # Packed experts are no recording's on a CPU.
+        # On a CPU a step with packed experts cannot be recorded.
         return [Start(SETTINGS[0]), Start(by_name["toy-int4, bfloat16, fp8 rows"], graphs=False, alone=1)]
     order = [
         Start(by_name["scheduler, float32, fp32 rows"]),
@@ -65,25 +66,25 @@ def starts(dry: bool) -> list[Start]:
 def run(recorder: Recorder) -> None:
     stored = expected.read()
     recorder.result.notes.append(
-        f"In fp32 all tokens must be those of the CPU path. In 16 bits at least {LEAST:.0%} of the replies must be, "
-        f"and one may differ from a token on whose best alternative was less than {NEAR:g} nats behind."
+        f"In fp32 all tokens must be the CPU's. In 16 bits at least {LEAST:.0%} of the replies must be, and a reply "
+        f"may differ only from a token on whose lead over the second best is less than {NEAR:g} nats."
     )
     needs = NEEDS
     with tempfile.TemporaryDirectory() as scratch:
         for start in starts(recorder.dry):
             before = recorder.clock()
-            recorder.attempt(start.name, lambda start=start: serve(start, stored, Path(scratch), recorder), needs)
+            recorder.attempt(start.name, partial(serve, start, stored, Path(scratch), recorder), needs)
             needs = max(NEEDS, recorder.clock() - before)
 
 
 def serve(start: Start, stored: dict[str, Any], scratch: Path, recorder: Recorder) -> str:
-    """Start the engine and try everything on it; cases of their own are recorded besides the start's."""
+    """Start the engine and run everything on it; records a case for each, in addition to that of the start."""
     from testing import engine
 
     setting = start.setting
     path = checkpoints.checkpoint(setting.checkpoint, scratch)
     if checkpoints.fingerprint(path) != stored["checkpoints"][setting.checkpoint]:
-        raise FailedError(f"the checkpoint {setting.checkpoint} is not the one that expected.json was made of")
+        raise FailedError(f"the checkpoint {setting.checkpoint} is not the one that expected.json was made from")
     trained = setting.checkpoint != "scheduler"
     options: dict[str, Any] = {**setting.options, **(graph_options(recorder.dry) if start.graphs else {})}
     options |= {"max_num_seqs": checkpoints.PROMPTS} if trained else steering.OPTIONS
@@ -119,7 +120,7 @@ def serve_all(start: Start, way: str, llm: Any, steps: Steps, stored: dict[str, 
 
     if start.setting.checkpoint == "scheduler":
         cases = steering.cases(llm, wanted, recorder.dry)
-        # A dry run is the same both ways.
+        # In a dry run both ways do the same.
         for what, found in cases[:1] if recorder.dry and way == "eager" else cases:
             case(what, found)
         return
@@ -147,10 +148,10 @@ def cut(replies: Sequence[Reply], most: int | None) -> list[Reply]:
 
 
 def compare(found: Sequence[Reply], wanted: Sequence[Reply], exact: bool) -> str:
-    """How many replies are the wanted ones, as text.
+    """How many replies are equal, as text.
 
     Raises:
-        FailedError: more differ than may, or one where it was not nearly undecided.
+        FailedError: too many differ, or one differs where the choice was clear.
     """
     same, parted, drift = 0, [], 0.0
     for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):

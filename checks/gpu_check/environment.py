@@ -1,8 +1,7 @@
-"""The environment of the parts: where Python finds the repository and the plugin, and how vLLM is to behave.
+"""The environment of the parts: where Python finds the repository and the plugin, and vLLM's settings.
 
-A GPU machine may hold a copy of the repository that no pip has installed. vLLM finds plugins by the metadata of
-installed packages alone, in every process that it starts, so the parts get a directory with such metadata on
-PYTHONPATH.
+A GPU machine may have a copy of the repository that is not installed. vLLM, in each of its processes, finds plugins by
+the metadata of installed packages only, so PYTHONPATH of the parts has a directory with such metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ V2_ON_CPU = ROOT / "testing" / "v2_on_cpu"
 
 
 def write_metadata(directory: Path) -> Path:
-    """The metadata that an installation of this repository would have; returns `directory`, for PYTHONPATH."""
+    """Write the metadata of an installation of this repository; returns `directory`, for PYTHONPATH."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     info = directory / f"{project['name'].replace('-', '_')}-{__version__}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -31,17 +30,17 @@ def write_metadata(directory: Path) -> Path:
 
 
 def part_environment(metadata: Path, dry: bool) -> dict[str, str]:
-    """All variables of a part's process. metadata: the directory of `write_metadata`."""
+    """The variables of a part's process. metadata: the directory of `write_metadata`."""
     path = [str(metadata), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     settings = {
-        # Engines run in the part's own process: their memory, kernels and scheduler can be looked at.
+        # Engines run in the part's own process, which reads their memory, kernels and scheduler.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
     if not dry:
-        # Said here, because tests/conftest.py would take a GPU that is not the machine's first for none.
+        # tests/conftest.py would not see a GPU that is not the machine's first.
         settings |= {"TRITON_INTERPRET": "0", "VLLM_LOGGING_LEVEL": "INFO"}
     else:
         path.insert(0, str(V2_ON_CPU))

@@ -1,9 +1,9 @@
-"""The CPU path's greedy tokens for every setting of the `engine` part, which a GPU's are held against.
+"""The CPU's greedy tokens for every setting of the `engine` part, to compare a GPU's with.
 
-    python -m checks.gpu_check.expected     on a CPU, after a change of what is served: writes expected.json
+    python -m checks.gpu_check.expected     on a CPU, after a change of the checkpoints: writes expected.json
 
-vLLM's CUDA build serves nothing on a CPU, so the tokens are committed. With each goes how much likelier it was than
-the next best token, from which a comparison knows where two right implementations may part.
+vLLM's CUDA build does not run on a CPU, so the tokens are committed, each with its lead over the second best token,
+which tells where two correct implementations may differ.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FILE = Path(__file__).with_name("expected.json")
 
 @dataclass(frozen=True)
 class Reply:
-    """tokens: greedy, with the one that stopped. gaps: log-probability of each above the second best token's."""
+    """tokens: greedy, with the stop token. gaps: the log-probability of each above the second best token's."""
 
     tokens: list[int]
     gaps: list[float]
 
 
 def generate(llm: Any, setting: Setting, prompts: list[list[int]], most: int | None = None) -> list[Reply]:
-    """Serve the prompts at once. most: tokens of a reply; default: those of the checkpoint."""
+    """Run the prompts at once. most: tokens of a reply; default: the checkpoint's."""
     from vllm import SamplingParams
 
     trained = setting.checkpoint != "scheduler"
@@ -60,7 +60,7 @@ def replies(stored: dict[str, Any], setting: Setting) -> list[Reply]:
 
 
 def compute(settings: tuple[Setting, ...] = SETTINGS) -> dict[str, Any]:
-    """What `read` reads, made by this machine's CPU."""
+    """The contents of expected.json, computed on this machine's CPU."""
     from testing import engine
 
     found: dict[str, Any] = {"checkpoints": {}, "replies": {}}
@@ -76,7 +76,7 @@ def compute(settings: tuple[Setting, ...] = SETTINGS) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], path: Path = FILE) -> None:
-    """A reply a line, so that a change of one is a change of a line."""
+    """One reply a line, so that a changed reply is a changed line."""
     lines = [json.dumps({"checkpoints": found["checkpoints"]})[:-1] + ', "replies": {']
     for number, (name, pairs) in enumerate(found["replies"].items()):
         lines.append(f"{',' if number else ''}{json.dumps(name)}: [")
@@ -88,5 +88,5 @@ if __name__ == "__main__":
     import torch
 
     if torch.cuda.is_available():
-        raise SystemExit("expected.json holds what a CPU says: run this where torch sees no GPU")
+        raise SystemExit("torch sees a GPU: expected.json holds a CPU's tokens. Set CUDA_VISIBLE_DEVICES= to hide it.")
     write(compute())

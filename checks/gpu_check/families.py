@@ -1,4 +1,4 @@
-"""Which family of work a GPU kernel belongs to, and what a profile says of each: time in ms a step."""
+"""The family of work that a GPU kernel belongs to, and the time of each family in a profile, in ms a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .environment import ROOT
 
 TRITON = ROOT / "vllm_deepseek_v4flash" / "ops" / "triton"
 FAMILIES = ("attention", "indexer", "compressor", "MoE", "mHC", "linears", "other", "idle")
-# By the file in ops/triton/ whose kernel it is; what is not here holds functions of other kernels, or is "other".
+# By the kernel's file in ops/triton/. Other files have functions that kernels call, or are "other".
 FILES = {
     "sparse_attention": "attention", "sparse_attention_rows": "attention", "qnorm_rope_kv_insert": "attention",
     "indexer_topk": "indexer", "topk": "indexer", "hadamard": "indexer",
@@ -19,7 +19,7 @@ FILES = {
     "mhc": "mHC", "mhc_pre": "mHC", "mhc_post": "mHC", "mhc_post_pre": "mHC", "mhc_head": "mHC",
     "packed_linear": "linears",
 }  # fmt: skip
-# csrc/'s kernels, vLLM's own and the libraries'; the first that is found anywhere in the name.
+# Kernels of csrc/, vLLM and libraries, by the first pattern found anywhere in the name.
 _PATTERNS = (
     ("MoE", r"gate_up|\bdown\b|down<|marlin_moe|moe|expert|topk_softplus|topk_hash|grouped_gemm|silu_and_mul"),
     ("indexer", r"indexer|mqa_logits|topk|top_k|radix"),
@@ -32,7 +32,7 @@ _PATTERNS = (
 
 @cache
 def triton_kernels() -> dict[str, str]:
-    """The family of every function that Triton compiles in our ops, by its name."""
+    """The family of every function that Triton compiles in our ops, by name."""
     found: dict[str, str] = {}
     for path in sorted(TRITON.glob("*.py")):
         for name in re.findall(r"^@triton\.jit.*\n(?:@.*\n)*def (\w+)\(", path.read_text(), re.MULTILINE):
@@ -41,7 +41,7 @@ def triton_kernels() -> dict[str, str]:
 
 
 def family(kernel: str) -> str:
-    """Of a kernel by the name that the profiler gives it."""
+    """The family of a kernel by its name in the profiler."""
     ours = triton_kernels().get(kernel)
     if ours is not None:
         return ours
@@ -53,7 +53,7 @@ Event = tuple[str, float, float]
 
 
 def milliseconds(events: Sequence[Event], steps: int) -> dict[str, float]:
-    """The time of each family in a step; idle is what no kernel fills between the first start and the last end."""
+    """The time of each family in a step. idle: between the first start and the last end, when no kernel runs."""
     found = dict.fromkeys(FAMILIES, 0.0)
     for name, start, end in events:
         found[family(name)] += end - start
@@ -73,7 +73,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def unknown(events: Sequence[Event], most: int = 8) -> list[str]:
-    """The kernels that took the most time among the "other" ones, shortened: a new kernel shows here."""
+    """The slowest kernels of the family "other", with shortened names: new kernels show here."""
     times: dict[str, float] = {}
     for name, start, end in events:
         if family(name) == "other":

@@ -1,7 +1,7 @@
-"""The least that a GPU can take for DeepSeek-V4-Flash with 4-bit weights: a step's bytes and operations, by layer kind.
+"""The minimum for DeepSeek-V4-Flash with 4-bit weights on a GPU: a step's bytes and operations, by layer kind.
 
-From the shapes alone (docs/model.md, "Tensors" and "Caches"): each weight and each cached row that a step needs is read
-once; experts are those that so many tokens choose on average. fp8 rows; a compressor's weights are bf16.
+From the shapes (docs/model.md, "Tensors" and "Caches"): each weight and each cached row that a step needs is read once,
+and as many experts as that number of tokens chooses on average. Rows are fp8, a compressor's weights bf16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FLASH_LAYERS: dict[str, int] = {"window": 2, "CSA": 21, "HCA": 20}
 
 EXPERTS, CHOSEN, WINDOW, TOPK = 256, 6, 128, 512
 PACKED = 0.5 + 2 / 128
-"""Bytes of a 4-bit value with its share of a 16-bit scale for 128."""
+"""Bytes of a 4-bit value with its share of a 16-bit scale for 128 values."""
 _BF16, _FP32 = 2, 4
 # Parameters of one layer.
 ATTENTION, EXPERT, GATE, MIXING = 106.95e6, 3 * 4096 * 2048, 256 * 4096, 2 * 24 * 4 * 4096
@@ -22,7 +22,7 @@ INDEX_QUERIES, INDEX_WEIGHTS = 64 * 128 * 1024, 64 * 4096
 COMPRESSOR = {"window": 0, "CSA": 2 * 1024 * 4096, "HCA": 2 * 512 * 4096}
 INDEX_COMPRESSOR = 2 * 256 * 4096
 HEAD = 129280 * 4096
-# Bytes of a cached row, and operations of one query's heads with one row: a product and a sum, twice.
+# Bytes of a cached row, and operations of all heads of a query with one row: a product and a sum, twice.
 ROW, KEY = 584, 132
 CORE, SCORE = 2 * 2 * 64 * 512, 2 * 64 * 128
 
@@ -43,12 +43,12 @@ class Cost:
 
 
 def distinct_experts(tokens: int) -> float:
-    """How many of the 256 that many tokens choose on average."""
+    """How many of the 256 experts that many tokens choose on average."""
     return EXPERTS * (1 - (1 - CHOSEN / EXPERTS) ** tokens)
 
 
 def dense_bytes(kind: str) -> float:
-    """What a layer reads of weights besides the routed experts'."""
+    """The weights that a layer reads, without the routed experts'."""
     plain = COMPRESSOR[kind] * _BF16
     packed = ATTENTION + EXPERT
     if kind == "CSA":
@@ -58,7 +58,7 @@ def dense_bytes(kind: str) -> float:
 
 
 def linear_flops(kind: str) -> float:
-    """Of one token's products with a layer's weights."""
+    """Operations of one token's products with a layer's weights."""
     index = INDEX_COMPRESSOR + INDEX_QUERIES + INDEX_WEIGHTS if kind == "CSA" else 0
     return 2 * (ATTENTION + (1 + CHOSEN) * EXPERT + GATE + MIXING + COMPRESSOR[kind] + index)
 
@@ -86,7 +86,7 @@ def decode(layers: Mapping[str, int], batch: int, context: int) -> Cost:
 
 
 def prefill(layers: Mapping[str, int], tokens: int, chunk: int) -> Cost:
-    """One causal sequence from its beginning, in chunks that each read all weights."""
+    """One causal sequence, in chunks that each read all weights."""
     steps = -(-tokens // chunk)
     total = Cost(HEAD * _BF16 * steps, 2 * HEAD * steps)
     for kind, count in layers.items():

@@ -1,4 +1,4 @@
-"""The part `kernels`: the benchmarks of the attention and MoE kernels, for as long as the budget lasts."""
+"""The part `kernels`: the benchmarks of the attention and MoE kernels, within the budget."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from .results import FailedError, Recorder
 
 BENCHMARKS = {"moe": 0.4, "attention": 1.0}
-"""What each takes at most of the seconds that are left to it and those after it."""
+"""The largest share of the remaining seconds that each takes."""
 START = 15.0
-"""Seconds that one takes besides its cases: imports, and the measurement of the GPU's peaks."""
+"""Seconds that a benchmark takes in addition to its cases: imports, and measuring the GPU's peaks."""
 
 
 def run(recorder: Recorder) -> None:
@@ -43,7 +43,7 @@ def benchmark(name: str, share: float, recorder: Recorder) -> Callable[[], str]:
 
 
 DRY = {"moe": ["int4"], "attention": ["topk", "route"]}
-"""The cases of a dry run: the benchmarks' own tests try them all."""
+"""The cases of a dry run; the tests of the benchmarks run them all."""
 
 
 def add_rows(report: dict[str, Any], name: str, recorder: Recorder) -> None:
@@ -65,11 +65,11 @@ def add_rows(report: dict[str, Any], name: str, recorder: Recorder) -> None:
 
 
 def verdict(report: dict[str, Any], status: int) -> str:
-    """How many cases are right. FailedError if one is not."""
+    """How many cases are right; FailedError if one is wrong."""
     rows = report["rows"]
     right = sum(bool(row["checked"]) for row in rows)
     late = sum("budget" in row["reason"] for row in rows)
-    text = f"{right} of {len(rows)} cases are right, {late} no longer fitted into the time"
+    text = f"{right} of {len(rows)} cases are right, {late} did not fit into the time"
     if report["failures"] or status:
         raise FailedError(f"{text}; status {status}: {'; '.join(report['failures'][:5])}")
     return text

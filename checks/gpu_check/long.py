@@ -1,7 +1,7 @@
-"""The part `long`: one layer of each kind at 1,048,576 tokens of context, its ops against the PyTorch reference.
+"""The part `long`: the ops of a layer of each kind at 1,048,576 tokens of context, compared with the PyTorch reference.
 
-Inputs, comparisons and bounds are those of the attention benchmarks; here nothing is timed, so that they fit into the
-time. What the reference cannot do for all tokens, such as a score for each of 262,144 entries, it does for a sample.
+Inputs, comparisons and bounds are those of the attention benchmarks. Nothing is timed, to fit into the budget, and what
+the reference cannot compute for all tokens, such as a score for each of 262,144 entries, it computes for a sample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEEDS = 12.0
 
 
 def cases(s: Sizes) -> Iterator[Case]:
-    """What matters most comes first: each kind's attention, the indexer, the compressors; then chunks of a prefill."""
+    """The most important first: each kind's attention, the indexer, the compressors; then chunks of a prefill."""
     context, (chunk, _) = s.contexts[0], s.prefills[0]
     for new, requests in ((1, BATCH), (chunk, 1)):
         for kind in ("window", "CSA", "HCA"):
@@ -45,7 +45,7 @@ def sizes(dry: bool) -> Sizes:
 
 
 class Untimed(Bench):
-    """One copy of each input: none has to outrun the L2."""
+    """One copy of each input: nothing is timed, so the L2 does not matter."""
 
     def copies(self, size: int) -> int:
         return 1
@@ -60,12 +60,12 @@ def run(recorder: Recorder) -> None:
     bench = Untimed(device, on.dry, on.l2_bytes, on.memory_bytes)
     s = sizes(recorder.dry)
     recorder.result.notes.append(
-        f"The last token is at position {s.contexts[0] - 1:,}. Found: the relative error of a row, of what is allowed."
+        f"The last token is at position {s.contexts[0] - 1:,}. Found: the relative error of a row, and its bound."
     )
     for case in cases(s):
         recorder.attempt(f"{case.op}: {case.label}", checked(case, bench), NEEDS)
         if not recorder.dry:
-            # The next case's caches are as large again.
+            # The caches of the next case are as large.
             bench.store.clear()
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""The parts, in the order in which they run: what shows that the numbers are right before what shows the speed."""
+"""The parts in the order in which they run: first correctness, then speed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Part:
     """One part of the check.
 
     Attributes:
-        shows: for the report.
-        least: seconds below which it is not started.
-        share: of the time that is left, against the shares of the parts that are still to come.
-        optional: whether it may be impossible: it is never a failure.
+        shows: a description for the report.
+        least: with fewer seconds left it is not started.
+        share: of the remaining time, relative to the shares of the later parts.
+        optional: it may be impossible on a machine and never fails the check.
     """
 
     name: str
@@ -24,18 +24,18 @@ class Part:
 
 
 PARTS = (
-    Part("engine", "small checkpoints in vLLM: tokens against the CPU's, eager and in CUDA graphs", 45, 8),
-    Part("long", "one layer of each kind at 1,048,576 tokens of context, against the reference", 25, 2),
+    Part("engine", "small checkpoints in vLLM: tokens compared with the CPU's, eager and in CUDA graphs", 45, 8),
+    Part("long", "one layer of each kind at 1,048,576 tokens of context, compared with the reference", 25, 2),
     Part("tests", "every test that is marked `gpu`", 40, 3),
     Part("width", "Flash's real widths through vLLM's engine: speed, where the time goes, memory", 60, 8),
     Part("peer", "vLLM's own DeepSeek-V4 at the same widths and layers", 50, 2, optional=True),
-    Part("kernels", "the benchmarks of the attention and MoE kernels, vLLM's own beside ours", 30, 4),
+    Part("kernels", "the benchmarks of the attention and MoE kernels, with vLLM's own", 30, 4),
 )
 NAMES = tuple(part.name for part in PARTS)
 GRACE = 30.0
-"""Seconds between the time that a part is told to be done by and its end by force."""
+"""Seconds between a part's time limit and its kill."""
 
 
 def seconds_for(part: Part, rest: list[Part], left: float) -> float:
-    """How long a part may take of the seconds that are left for it and `rest`: what one does not use is the others'."""
+    """The time limit of a part, if `left` seconds are left for it and `rest`. Unused time goes to the later parts."""
     return left * part.share / sum(each.share for each in (part, *rest))

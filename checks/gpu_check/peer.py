@@ -1,7 +1,7 @@
 """The part `peer`: vLLM's own DeepSeek-V4 at the widths, layers and points of `width`, with FP4 and FP8 weights.
 
-Where it cannot run, which is so before SM90 and where FlashMLA or DeepGEMM is missing, that is reported and no failure.
-A dry run has our model stand in for it.
+If it cannot run, on GPUs older than SM90 or without FlashMLA or DeepGEMM, that is reported and is not a failure. A dry
+run uses our model in its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TITLE = "vLLM's own"
 
 def run(recorder: Recorder) -> None:
     if recorder.dry:
-        recorder.result.notes.append("In a dry run our own model stands in: vLLM's does not run on a CPU.")
+        recorder.result.notes.append("A dry run uses our model: vLLM's does not run on a CPU.")
     else:
         # Before vLLM looks for plugins.
         os.environ[DISABLE_ENV] = "1"
@@ -29,17 +29,17 @@ def run(recorder: Recorder) -> None:
 
 
 def require() -> None:
-    """NotRunError with what vLLM's own model lacks here."""
+    """NotRunError with what vLLM's own model needs and does not find."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
     if major < 9:
-        raise NotRunError(f"vLLM's own DeepSeek-V4 needs SM90 or later, this is SM{major}{minor}")
+        raise NotRunError(f"vLLM's own DeepSeek-V4 needs SM90 or newer, this is SM{major}{minor}")
     try:
         from vllm.utils.deep_gemm import has_deep_gemm
         from vllm.v1.attention.ops.flashmla import is_flashmla_sparse_supported
     except ImportError as error:
-        raise NotRunError(f"vLLM cannot be imported as far as its DeepSeek-V4 needs: {error}") from error
+        raise NotRunError(f"vLLM's own DeepSeek-V4 needs a module that cannot be imported: {error}") from error
     supported, reason = is_flashmla_sparse_supported()
     if not supported:
         raise NotRunError(f"vLLM's own DeepSeek-V4 needs FlashMLA: {reason}")

@@ -1,4 +1,4 @@
-"""Runs a part in a process of its own, and ends it and all that it started when its time is up."""
+"""Runs a part in its own process, and ends it with all that it started when its time is over."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LOG_LINES = 60
 
 
 def run_part(part: Part, out: Path, seconds: float, environment: dict[str, str], dry: bool) -> PartResult:
-    """Run it for `seconds`, and by force no longer than GRACE beyond; its result, with the verdict on it.
+    """Run a part for `seconds`; GRACE seconds later it is killed. Returns its result with its status.
 
-    What it prints goes to `out`/NAME.log and, as it writes it, what it found to `out`/NAME.part.json.
+    Its output goes to `out`/NAME.log, and its results, while it runs, to `out`/NAME.part.json.
     """
     path, log = out / f"{part.name}.part.json", out / f"{part.name}.log"
     path.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def run_part(part: Part, out: Path, seconds: float, environment: dict[str, str],
     status = run_group(command, log, seconds + GRACE, environment)
     result = PartResult.read(path, part.name)
     result.seconds, result.limit = round(time.monotonic() - started, 1), round(seconds + GRACE, 1)
-    # A dry run is only of what is ours.
+    # A dry run runs our code only.
     judge(result, status, optional=part.optional and not dry)
     if result.status == "failed" or not result.finished:
         result.log = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -40,7 +40,7 @@ def run_part(part: Part, out: Path, seconds: float, environment: dict[str, str],
 
 
 def run_group(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> int | None:
-    """The exit status, or None if the command and its children had to be killed after `limit` seconds."""
+    """The exit status, or None if the command and its children were killed after `limit` seconds."""
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
@@ -51,18 +51,18 @@ def run_group(command: list[str], log: Path, limit: float, environment: dict[str
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # Also where it has ended: what it left behind would keep the GPU's memory from the next part.
+        # Also after its end: processes that it left would keep the next part from the GPU's memory.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def judge(result: PartResult, status: int | None, optional: bool) -> None:
-    """Set the part's status, and the reason for what is not as it should be.
+    """Set the part's status, and the reason if it did not pass.
 
     Args:
-        status: of its process; None where that had to be killed.
-        optional: whether nothing that goes wrong is a failure.
+        status: of its process; None if that was killed.
+        optional: whatever goes wrong is not a failure.
     """
     counts = result.counts()
     during = f" during {result.running!r}" if result.running else ""

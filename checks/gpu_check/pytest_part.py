@@ -1,4 +1,4 @@
-"""The part `tests`: every test that is marked `gpu`, in this process, as far as the time lasts."""
+"""The part `tests`: every test that is marked `gpu`, in this process, until the time is over."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .environment import ROOT
 from .results import Check, FailedError, NotRunError, Recorder
 
 DRY: Sequence[str] = ("tests/test_gpu.py", "tests/ops/triton/test_launch.py")
-"""What a dry run collects: without a GPU all of it is skipped."""
+"""The files of a dry run; without a GPU all their tests are skipped."""
 MOST_NAMED = 200
-STOPPED = "stopped: its time was spent"
+STOPPED = "stopped: its time is over"
 
 
 class Watcher:
-    """Counts the outcomes, writes them down as they come, and ends the run when its time is spent."""
+    """Counts outcomes, records them as they arrive, and ends the run when its time is over."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -26,7 +26,7 @@ class Watcher:
         self.stopped = False
         self.skips: dict[str, int] = {}
         self.missing: dict[str, list[str]] = {}
-        """Files that were not collected, by the package that they import in vain."""
+        """Files that were not collected, by the missing package that they import."""
         self.uncollected = 0
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -56,7 +56,7 @@ class Watcher:
         return None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test counts once: when it has been called, or where its setup or its end went otherwise than well."""
+        """A test counts once: after its call, or if its setup or teardown did not pass."""
         if report.passed and report.when != "call":
             return
         if report.skipped:
@@ -77,7 +77,7 @@ class Watcher:
 
 
 def files() -> list[str]:
-    """Where tests are marked `gpu`: to collect all others takes longer than to run some of these."""
+    """The files with tests marked `gpu`. Collecting all others takes longer than running some of these."""
     found = set()
     for path in (ROOT / "tests").rglob("*.py"):
         if "gpu_check" not in path.name and path.name != "test_v2_runner.py" and "mark.gpu" in path.read_text():
@@ -91,7 +91,7 @@ def run(recorder: Recorder) -> None:
 
 
 def tests(recorder: Recorder) -> str:
-    """Run them; what came of them as text, FailedError if one failed."""
+    """Run them; the outcomes as text, FailedError if one failed."""
     watcher = Watcher(recorder)
     junit = recorder.path.parent / "tests.xml"
     chosen = [str(ROOT / name) for name in (DRY if recorder.dry else files())]
@@ -101,14 +101,14 @@ def tests(recorder: Recorder) -> str:
     counts, done = watcher.outcomes, sum(watcher.outcomes.values())
     text = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     if watcher.stopped:
-        text += f", {watcher.total - done} not run because the time was spent"
+        text += f", {watcher.total - done} not run because the time was over"
     if watcher.skips:
         recorder.result.notes.append(
             "Skipped: " + "; ".join(f"{count} x {reason}" for reason, count in sorted(watcher.skips.items()))
         )
     for package, names in sorted(watcher.missing.items()):
-        recorder.result.notes.append(f"Not collected, for lack of {package}: {', '.join(names)}")
-    # pytest itself calls a file that cannot be imported for lack of a package a failure.
+        recorder.result.notes.append(f"Not collected, because {package} is missing: {', '.join(names)}")
+    # For pytest a file that imports a missing package is a failure.
     right = {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
     right |= {pytest.ExitCode.TESTS_FAILED} if watcher.missing else set()
     right |= {pytest.ExitCode.INTERRUPTED, pytest.ExitCode.TESTS_FAILED} if watcher.stopped else set()

@@ -1,7 +1,7 @@
-"""DeepSeek-V4-Flash at its real widths, of as many layers as fit, with random weights that exist on the device only.
+"""DeepSeek-V4-Flash at its real widths, with as many layers as fit and random weights that exist on the device only.
 
-The directory that vLLM is given holds config.json and safetensors files with headers and no data, from which it, and
-`inspect`, learn how each weight is packed. A loader of our own fills the parameters in place.
+The directory that vLLM reads has config.json and safetensors files with headers and no data: from these vLLM and
+`inspect` know how each weight is packed. A custom loader fills the parameters in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from testing import flash_headers as headers
 from testing.tiny import BASE
 from vllm_deepseek_v4flash.config import DeepseekV4Config
 from vllm_deepseek_v4flash.inspect.capacity import Capacity, Limits, activation_bytes, cache_pool, plan_capacity
-from vllm_deepseek_v4flash.inspect.survey import inspect_checkpoint
+from vllm_deepseek_v4flash.inspect.contents import inspect_checkpoint
 from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
 
 from .results import NotRunError
@@ -25,8 +25,8 @@ from .results import NotRunError
 LOAD_FORMAT = "gpu_check_random"
 UTILIZATION = 0.92
 GRAPHS = 2 << 30
-"""Set aside for CUDA graphs, which `inspect` does not count."""
-# Widths that a CPU's interpreter can bear, and that groups of 32 and blocks of 128 divide.
+"""Bytes for CUDA graphs, which `inspect` does not count."""
+# Widths small enough for Triton's interpreter, and multiples of groups of 32 and blocks of 128.
 TINY: dict[str, Any] = BASE | {
     "hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 128, "qk_rope_head_dim": 64, "q_lora_rank": 128,
     "o_lora_rank": 64, "index_head_dim": 128, "index_topk": 16,
@@ -35,7 +35,7 @@ TINY: dict[str, Any] = BASE | {
 
 @dataclass(frozen=True)
 class Shape:
-    """pairs: of a CSA and an HCA layer; before them comes one window layer."""
+    """One window layer, then `pairs` of a CSA and an HCA layer."""
 
     pairs: int
     dry: bool
@@ -50,7 +50,7 @@ class Shape:
 
     @property
     def values(self) -> dict[str, Any]:
-        """config.json. The last ratio is the MTP block's, which is not served."""
+        """config.json. The last ratio is the MTP block's, which is not loaded."""
         layers = {"num_hidden_layers": self.count, "compress_ratios": [0, *[4, 128] * self.pairs, 0]}
         return copy.deepcopy({**(TINY if self.dry else headers.FLASH), **layers, "num_hash_layers": 1})
 
@@ -60,7 +60,7 @@ class Shape:
 
 
 def write(directory: Path, shape: Shape, native: bool = False) -> Path:
-    """native: FP8 weights with FP4 experts, as DeepSeek's; else 4-bit integers in groups of 128 (32 where tiny)."""
+    """native: FP8 weights and FP4 experts, DeepSeek's format; otherwise 4-bit integers in groups of 128 (dry: 32)."""
     values = shape.values
     if native:
         return headers.write_checkpoint(directory, values, headers.native(values), headers.NATIVE_QUANTIZATION)
@@ -74,7 +74,7 @@ def limits(memory: int, batch: int) -> Limits:
 
 
 def capacity(directory: Path, shape: Shape, memory: int, batch: int) -> Capacity:
-    """What `inspect` says of it: without options, so with fp8 rows."""
+    """The report of `inspect` without options, which means fp8 rows."""
     report = inspect_checkpoint(directory)
     if report.problems:
         raise AssertionError(f"`inspect` refuses the made-up checkpoint: {report.problems[0]}")
@@ -86,12 +86,12 @@ def formats(shape: Shape) -> CacheFormats:
 
 
 def choose(scratch: Path, memory: int, batch: int, context: int, chunk: int) -> Shape:
-    """As many layers as leave room for `batch` requests of `context` tokens and steps of `chunk`, at most Flash's.
+    """As many of Flash's layers as leave room for `batch` requests of `context` tokens and steps of `chunk` tokens.
 
-    With the weights of the larger of both formats, so that one number of layers serves `width` and `peer`.
+    Counts the weights of the larger of both formats, so that `width` and `peer` have the same number of layers.
 
     Raises:
-        NotRunError: not even three layers fit.
+        NotRunError: three layers do not fit.
     """
     weights = []
     for native in (False, True):
@@ -108,11 +108,11 @@ def choose(scratch: Path, memory: int, batch: int, context: int, chunk: int) -> 
         needed += pool.block_bytes * (batch * pool.blocks(context, 1) + pool.blocks(context, chunk))
         if needed <= memory * UTILIZATION:
             return shape
-    raise NotRunError(f"{memory / 2**30:.0f} GiB hold no three layers with {batch} requests of {context} tokens")
+    raise NotRunError(f"{memory / 2**30:.0f} GiB do not hold three layers with {batch} requests of {context} tokens")
 
 
 def register_loader(record: dict[str, int]) -> str:
-    """Have vLLM fill models by `fill`; the name of the load format. record: gets the bytes of the weights."""
+    """Register a load format that calls `fill`; returns its name. record: receives the bytes of the weights."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -131,7 +131,7 @@ def register_loader(record: dict[str, int]) -> str:
 
 @torch.no_grad()
 def fill(model: torch.nn.Module) -> None:
-    """Random values under which every layer's output has about its input's size, so that nothing overflows."""
+    """Fill with random values such that a layer's output is about as large as its input and nothing overflows."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         fill_one(name, parameter.data, model)
@@ -145,19 +145,19 @@ def fill_one(name: str, data: torch.Tensor, model: torch.nn.Module) -> None:
         scores = torch.rand((data.shape[0], experts), device=data.device)
         data.copy_(scores.topk(data.shape[1]).indices)
     elif (data.dtype == torch.uint8 and "scale" in leaf) or data.dtype == torch.float8_e8m0fnu:
-        # Powers of two near 2^-8: e2m1 codes are of the size of 2, and sums have some thousand products.
+        # Powers of two near 2^-8: e2m1 values are around 2, and sums have some thousand products.
         data.view(torch.uint8).random_(118, 120)
     elif data.dtype == torch.float8_e4m3fn:
-        # Codes of magnitudes around 1, of both signs, none of them NaN.
+        # Magnitudes around 1 with both signs, and no NaN.
         codes = data.view(torch.uint8)
         codes.random_(0x30, 0x40).bitwise_or_(torch.randint(0, 2, codes.shape[-1:], device=data.device).byte() << 7)
     elif not data.is_floating_point():
-        # Whatever the word's size, its bits are codes.
+        # Codes fill all bits of a word, whatever its size.
         data.view(torch.uint8).random_(0, 256)
     elif "norm" in name:
         data.fill_(1.0)
     elif "scale" in leaf and "hc_" not in leaf:
-        # Codes of 4 bits less 8 have a deviation of 4.6; rows have some thousand of them.
+        # 4-bit codes minus 8 have a standard deviation of 4.6, and rows have some thousand.
         data.uniform_(0.5, 1.5).mul_(1 / (4.6 * 64))
     elif leaf.endswith("_scale"):
         data.fill_(1.0)

@@ -16,7 +16,7 @@ SHOWS = {part.name: part.shows for part in PARTS}
 
 @dataclass
 class CheckReport:
-    """device: as `benchmarks.report.describe` has it. dry: nothing in it is a measurement."""
+    """device: from `benchmarks.report.describe`. dry: nothing in it is a measurement."""
 
     dry: bool
     device: dict[str, str]
@@ -34,7 +34,7 @@ class CheckReport:
         return [part.name for part in self.parts if part.status == "failed"]
 
     def write(self, out: Path) -> list[Path]:
-        """Both forms into `out`; their paths. A dry run's have another name, so that no one takes it for the other."""
+        """Write both forms to `out`; returns their paths. Files of a dry run have another name."""
         stem = "dry-run" if self.dry else "gpu-check"
         paths = [out / f"{stem}.json", out / f"{stem}.md"]
         for path, text in zip(paths, (self.as_json(), self.as_markdown()), strict=True):
@@ -76,15 +76,15 @@ def _part(part: PartResult) -> list[str]:
         lines += ["", f"### {each.title}", "", *table(each.head, each.rows)]
         lines += ["", each.note] if each.note else []
     if part.log:
-        lines += ["", "The end of what it printed:", "", "```", part.log.replace("```", "'''"), "```"]
+        lines += ["", "The end of its output:", "", "```", part.log.replace("```", "'''"), "```"]
     return lines
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up as text, too."""
+    """A Markdown table whose columns are aligned as text too."""
     cells = [[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    # What has no end of its own is not padded to the longest.
+    # The last column is not padded.
     widths[-1] = 3
     cells.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]

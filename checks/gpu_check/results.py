@@ -1,4 +1,4 @@
-"""What a part of the check found: written by its own process after every case, read by the one that started it."""
+"""The results of a part: its process writes them after every case, and the process that started it reads them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any, Literal
 Status = Literal["passed", "failed", "not run"]
 
 DRY = "dry run"
-"""Stands where a measurement would."""
+"""Replaces a measurement."""
 
 
 class NotRunError(Exception):
-    """Why something cannot be tried here; no failure."""
+    """Why something cannot run here; not a failure."""
 
 
 class FailedError(AssertionError):
-    """What was found is not what is right."""
+    """A result is wrong."""
 
 
 @dataclass
 class Check:
-    """One case. seconds: how long it took, imports and engine starts within it included."""
+    """One case. seconds: its duration, including imports and engine starts."""
 
     name: str
     status: Status
@@ -37,7 +37,7 @@ class Check:
 
 @dataclass
 class Table:
-    """Cells are text: a figure is formatted where it is measured, with its unit in the head."""
+    """Cells are text: a number is formatted where it is measured, and its unit is in the head."""
 
     title: str
     head: list[str]
@@ -47,31 +47,31 @@ class Table:
 
 @dataclass
 class PartResult:
-    """status and reason are set by the process that started the part."""
+    """The process that started the part sets status and reason."""
 
     name: str
     status: Status = "not run"
     reason: str = ""
     seconds: float = 0.0
     limit: float | None = None
-    """Seconds after which the part was to be killed."""
+    """Seconds after which the part is killed."""
     running: str = ""
-    """The case under way when this was written."""
+    """The case that was running when this was written."""
     finished: bool = False
     checks: list[Check] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    """Whatever else belongs into the JSON report."""
+    """Other contents of the JSON report."""
     log: str = ""
-    """The end of what the part printed, where something is wrong with it."""
+    """The end of the part's output, if something is wrong with it."""
 
     def counts(self) -> dict[str, int]:
         return {s: sum(check.status == s for check in self.checks) for s in ("passed", "failed", "not run")}
 
     @classmethod
     def read(cls, path: Path, name: str) -> PartResult:
-        """What the part wrote last; an empty result if it wrote nothing."""
+        """What the part wrote last, or an empty result."""
         if not path.exists():
             return cls(name)
         stored = json.loads(path.read_text())
@@ -79,7 +79,7 @@ class PartResult:
         return cls(**stored, checks=checks, tables=tables)
 
     def write(self, path: Path) -> None:
-        """At once or not at all, because the reader may come at any time."""
+        """Write atomically: another process may read at any time."""
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
         os.replace(partial, path)
@@ -89,12 +89,12 @@ _NESTED: dict[str, Any] = {"checks": Check, "tables": Table}
 
 
 class Recorder:
-    """Runs the cases of one part, in its own process, and writes the result after each.
+    """Runs the cases of one part in the part's process, and writes the result after each.
 
     Args:
-        path: where the result goes.
-        seconds: how long this part may take; no case is started that needs longer than what is left.
-        dry: a CPU and tiny shapes: everything runs, nothing is measured.
+        path: of the result.
+        seconds: how long this part may take; a case that needs more than what is left is not started.
+        dry: on a CPU with tiny shapes: everything runs, nothing is measured.
     """
 
     def __init__(
@@ -106,21 +106,21 @@ class Recorder:
 
     @property
     def left(self) -> float:
-        """Seconds until this part must be done."""
+        """Seconds until this part's limit."""
         return self.deadline - self.clock()
 
     def write(self) -> None:
         self.result.write(self.path)
 
     def attempt(self, name: str, case: Callable[[], str | None], needs: float = 0.0) -> bool:
-        """Run one case, which returns what it found in a line; whether it passed.
+        """Run one case, which returns its result as one line of text; returns whether it passed.
 
         Args:
-            needs: seconds; the case is "not run" if fewer are left. Nothing counts in a dry run but that some are.
+            needs: the case is "not run" if fewer seconds are left. A dry run requires only that any are left.
         """
         if self.left < (0.0 if self.dry else needs):
             left = max(0.0, self.left)
-            return self.skip(name, f"{left:.0f} s are left of {self.seconds:.0f}, it may take {needs:.0f}")
+            return self.skip(name, f"{left:.0f} of {self.seconds:.0f} s are left, it may take {needs:.0f}")
         around, self.result.running, started = self.result.running, name, self.clock()
         self.write()
         check = Check(name, "passed")
@@ -128,7 +128,7 @@ class Recorder:
             check.detail = case() or ""
         except NotRunError as error:
             check.status, check.detail = "not run", str(error)
-        except Exception as error:  # one case must not hide the others: it is reported, and the part fails
+        except Exception as error:  # a failed case must not stop the others; it is recorded, and the part fails
             traceback.print_exc()
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             check.status, check.detail = "failed", kind + shortened(str(error) or repr(error))
@@ -145,7 +145,7 @@ class Recorder:
         return False
 
     def table(self, title: str, head: Sequence[str], note: str = "") -> Table:
-        """A table of the report, to be filled row by row; the one of that title if it is there."""
+        """A table of the report, to be filled row by row: a new one, or the one with this title."""
         for table in self.result.tables:
             if table.title == title:
                 return table
@@ -153,7 +153,7 @@ class Recorder:
         return self.result.tables[-1]
 
     def figure(self, value: float | None, form: str = ".1f") -> str:
-        """A measured number as a table shows it; never one in a dry run."""
+        """A measured number as text; DRY in a dry run."""
         if self.dry:
             return DRY
         return "" if value is None else format(value, form)
@@ -164,6 +164,6 @@ class Recorder:
 
 
 def shortened(text: str, most: int = 1200) -> str:
-    """One line, its beginning and its end."""
+    """One line; of a long text the beginning and the end."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

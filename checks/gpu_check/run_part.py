@@ -1,6 +1,6 @@
 """One part, in its own process: `python -m checks.gpu_check.run_part NAME --result FILE --seconds S [--dry-run]`.
 
-`describe` is a part that only says which device this is, so that the process that starts the others never opens it.
+The part `describe` only describes the device, so that the process that starts the parts never opens it.
 """
 
 from __future__ import annotations

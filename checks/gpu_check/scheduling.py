@@ -1,4 +1,4 @@
-"""What vLLM's scheduler does to a request, tried on the engine of the scheduler's tests: nothing may change a token."""
+"""What vLLM's scheduler does to a request, on the engine of the scheduler's tests: no token may change."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from testing.scheduler.runner import TOLERANCE, Request, Result, Runner, Squeeze
 from .expected import Reply
 from .results import FailedError
 
-# Steps are made one by one here, so none may be planned ahead.
+# Steps run one by one here, so none may be scheduled ahead.
 OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": True, "prefix_cache_retention_interval": 256, "async_scheduling": False,
 }  # fmt: skip
 CHUNKS = (1, 7, 128, 3, 250, 4)
-# They grow while they decode, over the ends of pages of every cache.
+# While they decode they grow beyond the ends of pages of every cache.
 GROWING = (TEXTS[0][:230], TEXTS[2][:20], TEXTS[2][:40], TEXTS[4][:60])
 
 
 def cases(llm: Any, wanted: list[Reply], dry: bool) -> list[tuple[str, Callable[[], str]]]:
-    """Each is named and says what it found; FailedError or AssertionError if that is wrong."""
+    """Name and function of each case. A function returns its result as text; FailedError or AssertionError if wrong."""
     tokens, texts = (3, TEXTS[:1]) if dry else (20, TEXTS)
     text = texts[0][:300] if dry else texts[0]
     runner = Runner(llm)

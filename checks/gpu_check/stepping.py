@@ -1,4 +1,4 @@
-"""Looks into an engine that runs in this process: which runner it has, and whether its steps are CUDA graphs."""
+"""Inspects an engine in this process: its model runner, and whether its steps are CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MODE = "FULL_AND_PIECEWISE"
 
 
 def graph_options(dry: bool) -> dict[str, Any]:
-    """For `vllm.LLM`: whole graphs of decoding steps, and graphs of the parts between attention for all others.
+    """For `vllm.LLM`: whole graphs of decoding steps, and for other steps graphs of the parts between attention.
 
-    The mode is named, because the plugin runs eagerly on a GPU unless it is. A dry run has no graphs but those of
+    The mode is explicit, because without it the plugin runs eagerly on a GPU. A dry run has only the graphs of
     `imitate_graphs`.
     """
     if dry:
@@ -25,7 +25,7 @@ def graph_options(dry: bool) -> dict[str, Any]:
 
 
 def imitate_graphs(llm: Any) -> None:
-    """Have an engine on a CPU capture its steps as recordings; to be called before its steps are counted."""
+    """Have an engine on a CPU capture its steps as recordings. Call this before `Steps`."""
     from testing.v2_on_cpu.cuda_graphs import capture
 
     capture(llm, MODE, list(DRY_SIZES))
@@ -36,12 +36,12 @@ def model_runner(llm: Any) -> Any:
 
 
 class Steps:
-    """Counts how the steps of an engine run ("FULL", "PIECEWISE", "NONE": eagerly), and can have them run eagerly."""
+    """Counts the steps of an engine by kind ("FULL", "PIECEWISE", "NONE": eager), and can make them eager."""
 
     def __init__(self, llm: Any) -> None:
         runner = model_runner(llm)
         if not llm.llm_engine.vllm_config.use_v2_model_runner:
-            raise AssertionError("vLLM did not take its V2 model runner")
+            raise AssertionError("vLLM did not choose its V2 model runner")
         self.manager = runner.cudagraph_manager
         self.dispatch = self.manager.dispatch
         self.counts: Counter[str] = Counter()
@@ -59,7 +59,7 @@ class Steps:
 
     @contextlib.contextmanager
     def eagerly(self) -> Iterator[None]:
-        """No step is a graph, as before any was captured; so one engine serves both ways."""
+        """No step is a graph, as before any was captured, so one engine runs both ways."""
         before, self.manager._graphs_captured = self.manager._graphs_captured, False
         try:
             yield

@@ -1,4 +1,4 @@
-"""Times the steps of an engine that runs in this process, by the wall clock around `engine.step()`."""
+"""Times the steps of an engine in this process: the wall-clock time of `engine.step()`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from .results import FailedError, NotRunError
 from .stepping import Steps
 
 SETTLED = 3
-"""Calls of `step()` after which requests that fit have been started."""
+"""Calls of `step()` after which all requests that fit have started."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Decoding steps of one batch. Milliseconds a step; events: of `profiled` steps, run as `graphs` says."""
+    """Decoding steps of one batch, in milliseconds a step.
+
+    events: the kernels of `profiled` steps, with graphs if there are any (`graphs` is not None).
+    """
 
     graphs: float | None
     eager: float
@@ -32,19 +35,19 @@ class Decode:
 
 
 class TimedEngine:
-    """llm: made with the connector of connector.py, without a prefix cache. dry: two steps of everything."""
+    """llm: with the connector of connector.py and without a prefix cache. dry: a step or two of everything."""
 
     def __init__(self, llm: Any, dry: bool) -> None:
         self.engine, self.dry = llm.llm_engine, dry
         self.vocab = llm.model_config.get_vocab_size()
         self.steps = Steps(llm)
-        # A connector has vLLM hash every prompt, which takes seconds for 128 long ones, for a prefix cache that is off.
+        # With a connector vLLM hashes every prompt, for a prefix cache that is off: seconds for 128 long prompts.
         self.engine.engine_core.engine_core.request_block_hasher = None
         self.names = itertools.count()
         self.warm, self.timed, self.profiled = (1, 1, 1) if dry else (4, 24, 4)
 
     def prefill(self, tokens: int) -> float:
-        """Seconds from a prompt's arrival to its first token: the median of three."""
+        """Seconds from a prompt's arrival to its first token, the median of three."""
         times = []
         for turn in range(1 if self.dry else 4):
             self.synchronize()
@@ -59,7 +62,7 @@ class TimedEngine:
         return statistics.median(times)
 
     def decode(self, batch: int, context: int) -> Decode:
-        """Requests that begin with `context` tokens of cache; the same ones step on as graphs and eagerly."""
+        """Requests that begin with `context` cached tokens; the same requests step with graphs and eagerly."""
         most = 3 * self.warm + 2 * self.timed + 2 * self.profiled + 8
         names = self.add(batch, context, most, pretend=True)
         try:
@@ -102,10 +105,10 @@ class TimedEngine:
         return names
 
     def advance(self, name: str, count: int, batch: int = 0) -> int:
-        """Step until the request has at least `count` more tokens; how many more it has.
+        """Step until the request has at least `count` more tokens; returns how many more.
 
         Raises:
-            NotRunError: `batch` requests do not run at once.
+            NotRunError: `batch` requests do not fit at once.
         """
         first = last = None
         for number in range(50 * count + 500):
@@ -131,8 +134,8 @@ class TimedEngine:
         raise FailedError(f"vLLM lost {name}")
 
     def profile(self, work: Callable[[], Any]) -> list[Event]:
-        """The kernels that `work` runs, copies and fills included."""
-        # To record the CPU's side as well would slow it down, and with it show the GPU idle.
+        """The kernels that `work` runs, including copies and fills."""
+        # Recording the CPU as well would slow it down and make the GPU idle.
         activity = torch.profiler.ProfilerActivity
         kinds = [activity.CPU] if self.dry else [activity.CUDA]
         self.synchronize()

@@ -1,4 +1,4 @@
-"""The part `width`: Flash's real widths with random 4-bit weights, as many layers as fit, through vLLM's engine."""
+"""The part `width`: Flash's real widths with random 4-bit weights and as many layers as fit, in vLLM's engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .timed import Decode, TimedEngine
 
 CHUNK = 8192
 START, POINT = 45.0, 8.0
-"""Seconds that a start, and a point, may take."""
+"""Seconds for a start, and for a point."""
 LAYERS = sum(floor.FLASH_LAYERS.values())
 
 
@@ -44,7 +45,7 @@ FLASH, TINY = Points(), Points((40,), (1, 2), (24, 300))
 
 @dataclass
 class Bench:
-    """What the points of one engine share. peaks and head: None in a dry run."""
+    """What the points of one engine share. A dry run has no `peaks` and no `head`."""
 
     recorder: Recorder
     points: Points
@@ -52,7 +53,7 @@ class Bench:
     peaks: Peaks | None
     chunk: int
     head: dict[int, float] = field(default_factory=dict)
-    """Milliseconds of the head's product for each batch: the part of a step that does not grow with the layers."""
+    """Milliseconds of the head's product by batch: the part of a step that does not grow with the layers."""
 
     def scaled(self, milliseconds: float, batch: int) -> float:
         """To Flash's 43 layers."""
@@ -84,7 +85,7 @@ def measure(recorder: Recorder, scratch: Path) -> str:
 
 
 def prepare(recorder: Recorder, scratch: Path, points: Points) -> Bench:
-    """Choose the layers and measure what the device can do."""
+    """Choose the number of layers and measure the device's peaks."""
     if recorder.dry:
         return Bench(recorder, points, Shape(1, dry=True), None, 64)
     peaks = measure_peaks(torch.device("cuda"))
@@ -93,9 +94,8 @@ def prepare(recorder: Recorder, scratch: Path, points: Points) -> Bench:
     shape = random_model.choose(scratch, memory, max(points.batches), points.length, CHUNK)
     recorder.result.notes.append(
         f"{shape.count} of Flash's {LAYERS} layers ({layer_text(shape)}), random weights. Measured here: copies at "
-        f"{peaks.copy_gb_per_s:.0f} GB/s, bf16 products at {peaks.matmul_tflop_per_s:.0f} TFLOP/s; floors are what "
-        f"these allow for the bytes and operations of docs/gpu-check.md. Contexts are made up: their rows are random, "
-        f"none of them was computed."
+        f"{peaks.copy_gb_per_s:.0f} GB/s, bf16 products at {peaks.matmul_tflop_per_s:.0f} TFLOP/s. Floors are the "
+        f"bytes and operations of docs/gpu-check.md at these rates. Contexts have random rows; none was computed."
     )
     return Bench(recorder, points, shape, peaks, CHUNK)
 
@@ -105,7 +105,7 @@ def layer_text(shape: Shape) -> str:
 
 
 def engine_options(bench: Bench, record: dict[str, int]) -> dict[str, Any]:
-    """For `vllm.LLM`. record: gets the bytes of the weights when they are made."""
+    """For `vllm.LLM`. record: receives the bytes of the weights when they are created."""
     options: dict[str, Any] = {
         "load_format": random_model.register_loader(record), "dtype": "bfloat16",
         "max_model_len": bench.points.length, "max_num_batched_tokens": bench.chunk,
@@ -113,7 +113,7 @@ def engine_options(bench: Bench, record: dict[str, int]) -> dict[str, Any]:
         **graph_options(bench.recorder.dry),
     }  # fmt: skip
     if not bench.recorder.dry:
-        # vLLM is to find out for itself how much it may take.
+        # vLLM measures how much memory it can use.
         options |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": random_model.UTILIZATION}
     return options
 
@@ -151,7 +151,7 @@ def add_decodes(bench: Bench, timed: TimedEngine, title: str) -> None:
     recorder = bench.recorder
     head = ["batch", "context", "ms, graphs", "ms, eager", f"ms, {LAYERS} layers", "floor ms", "% of it", "tokens/s"]
     note = (
-        f"{LAYERS} layers: the faster way's time, times {LAYERS}/{bench.shape.count} but for the head. "
+        f"{LAYERS} layers: the faster of the two times, times {LAYERS}/{bench.shape.count} except for the head. "
         f"tokens/s: of all requests together, at {LAYERS} layers."
     )
     recorder.table(title, head, note)
@@ -194,7 +194,7 @@ def add_decode(bench: Bench, timed: TimedEngine, title: str, batch: int, context
 
 
 def keep(recorder: Recorder, title: str, point: dict[str, Any]) -> None:
-    """The figures themselves into the JSON report; none of a dry run."""
+    """Add a point's numbers to the JSON report, except in a dry run."""
     if not recorder.dry:
         recorder.result.data.setdefault(title, []).append(point)
 
@@ -209,14 +209,14 @@ def head_ms(llm: Any, bench: Bench) -> dict[int, float]:
         found = {}
         for batch in bench.points.batches:
             x = torch.randn((batch, hidden), device="cuda", dtype=torch.bfloat16)
-            found[batch] = time_us([lambda x=x: model.compute_logits(x)]) / 1000
+            found[batch] = time_us([partial(model.compute_logits, x)]) / 1000
         return found
 
     return llm.apply_model(of)[0]
 
 
 def memory(bench: Bench, llm: Any, directory: Path, record: dict[str, int]) -> str:
-    """What vLLM took, beside what `inspect` says of the same directory."""
+    """What vLLM uses, and what `inspect` reports for the same directory."""
     total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 8 << 30
     planned = random_model.capacity(directory, bench.shape, total, max(bench.points.batches))
     caches = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
@@ -235,11 +235,11 @@ def memory(bench: Bench, llm: Any, directory: Path, record: dict[str, int]) -> s
         table.rows.append([what, cells[0], bench.recorder.figure(None) or cells[1]])
 
     row("weights", planned.weights, record["weights"])
-    row("a step besides weights and cache", step, peak - record["weights"] - pool)
+    row("a step, without weights and cache", step, peak - record["weights"] - pool)
     row("the cache pool", planned.budget - planned.weights - step, pool)
-    row("the most that PyTorch allocated", None, peak)
-    row("the most that PyTorch reserved", None, reserved)
+    row("PyTorch's peak allocation", None, peak)
+    row("PyTorch's peak reservation", None, reserved)
     row("a block of the pool, x 1024", planned.pool.block_bytes * 1024, pool / blocks * 1024)
     keep(bench.recorder, "memory", {"weights": record["weights"], "pool": pool, "peak": peak, "reserved": reserved})
     off = record["weights"] / planned.weights - 1
-    return f"the weights are {off:+.2%} of what `inspect` says"
+    return f"the weights differ by {off:+.2%} from what `inspect` reports"
