@@ -1,4 +1,4 @@
-"""How every kernel is started, and what its wrapper may know of the device."""
+"""How every kernel is started, and what its wrapper may know about the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,9 +17,17 @@ class Device:
     """What a wrapper may choose by."""
 
     multiprocessors: int
-    """How many programs run side by side at least."""
+    """How many programs run at the same time, at least."""
     native_fp8: bool
-    """Whether the device converts e4m3 itself (SM89 and newer); below, bit arithmetic does."""
+    """Whether the device has instructions that convert e4m3 (SM89 and newer); older ones use bit arithmetic."""
+
+
+class Strided(NamedTuple):
+    """Rows of a matrix [N, D], each contiguous; a kernel's argument."""
+
+    data: torch.Tensor
+    stride: int
+    """Elements from one row to the next."""
 
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
@@ -29,7 +37,7 @@ _recorded_device: Device | None = None
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The traits of the device that `tensor` lies on; the interpreter's are those of a very small GPU."""
+    """The traits of the device that holds `tensor`; the interpreter's are those of a very small GPU."""
     if _recorded_device is not None:
         return _recorded_device
     return _device(tensor.device) if tensor.is_cuda else Device(multiprocessors=4, native_fp8=False)
@@ -42,7 +50,7 @@ def _device(device: torch.device) -> Device:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run `kernel` on `grid` programs; nothing where a dimension of the grid is zero."""
+    """Run `kernel` on `grid` programs; nothing runs if a dimension of the grid is zero."""
     options.setdefault("enable_fp_fusion", True)  # Triton 3.10 changes its default
     if _recorder is not None:
         _recorder(kernel, grid, args, options)
@@ -62,6 +70,12 @@ def recorded(device: Device, recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _recorder = _recorded_device = None
+
+
+def rows_of(x: torch.Tensor) -> Strided:
+    """A matrix [N, D] for a kernel; copied unless its rows are contiguous."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return Strided(x, x.stride(0))
 
 
 def block(size: int, smallest: int = 1) -> int:

@@ -26,13 +26,14 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
 def _rope_table(positions, inv_freq, out, num_tokens, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
-    position = tl.load(positions + t, mask=t < num_tokens, other=0).to(tl.float32)
-    freq = tl.load(inv_freq + r, mask=r < HALF, other=0.0)
+    position = tl.load(positions + t, mask=t < num_tokens, other=0).to(tl.float32)  # [BLOCK_T]
+    freq = tl.load(inv_freq + r, mask=r < HALF, other=0.0)  # [BLOCK_R]
+    # angle = positions[:, None] * inv_freq; out = torch.cat((angle.cos(), angle.sin()), -1)
     cos, sin = cos_sin(position[:, None] * freq[None, :])
     at = out + t[:, None] * (2 * HALF) + r[None, :]
     mask = (t < num_tokens)[:, None] & (r < HALF)[None, :]
-    tl.store(at, cos, mask=mask)
-    tl.store(at + HALF, sin, mask=mask)
+    tl.store(at, cos, mask=mask)  # [BLOCK_T, BLOCK_R]
+    tl.store(at + HALF, sin, mask=mask)  # [BLOCK_T, BLOCK_R]
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,27 @@ import triton.language as tl
 from .launch import block, launch
 
 _TILE = 512  # logits of one program, which is one warp: its many reductions then need no barrier
+
+
+class Logits(NamedTuple):
+    """[T, E]; strides in elements."""
+
+    data: torch.Tensor
+    token_stride: int
+    expert_stride: int
+
+
+class Rule(NamedTuple):
+    """What the kernel is compiled for."""
+
+    experts: int
+    topk: int
+    renormalize: bool
+    shared: bool
+    """Whether the shared expert is listed after the chosen ones, with weight 1."""
+    block_t: int
+    block_e: int
+    block_k: int
 
 
 def route(
@@ -26,58 +49,58 @@ def route(
     block_t = max(1, _TILE // block_e)
     launch(
         _route, (triton.cdiv(num_tokens, block_t),),
-        logits, *logits.stride(), None if bias is None else bias.contiguous(),
+        Logits(logits, *logits.stride()), None if bias is None else bias.contiguous(),
         None if expert_ids is None else expert_ids.contiguous(), weights, chosen, num_tokens, scaling,
-        EXPERTS=experts, TOPK=topk, RENORMALIZE=renormalize, SHARED=shared,
-        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block(topk + shared), num_warps=1,
+        RULE=Rule(experts, topk, renormalize, shared, block_t, block_e, block(topk + shared)), num_warps=1,
     )  # fmt: skip
     return weights, chosen
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _route(
-    logits, stride, expert_stride, bias, expert_ids, weights, chosen, num_tokens, scaling,
-    EXPERTS: tl.constexpr, TOPK: tl.constexpr, RENORMALIZE: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    mask = (t < num_tokens) & (k < TOPK)
+def _route(logits: Logits, bias, expert_ids, weights, chosen, num_tokens, scaling, RULE: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * RULE.block_t + tl.arange(0, RULE.block_t)[:, None]
+    k = tl.arange(0, RULE.block_k)[None, :]
+    mask = (t < num_tokens) & (k < RULE.topk)
+    # ids = expert_ids, or (score + bias).topk(topk).indices
     if expert_ids is not None:
-        ids = tl.load(expert_ids + t * TOPK + k, mask=mask, other=0).to(tl.int64)
+        ids = tl.load(expert_ids + t * RULE.topk + k, mask=mask, other=0).to(tl.int64)  # [BLOCK_T, BLOCK_K]
     else:
-        ids = _best(logits, stride, expert_stride, bias, t, t < num_tokens, k, EXPERTS, TOPK, BLOCK_T, BLOCK_E, BLOCK_K)
-    picked = mask & (ids >= 0) & (ids < EXPERTS)
-    share = tl.where(picked, _score(tl.load(logits + t * stride + ids * expert_stride, mask=picked, other=0.0)), 0.0)
-    if RENORMALIZE:
+        ids = _best(logits, bias, t, t < num_tokens, k, RULE)
+    # share = score.gather(1, ids)
+    picked = mask & (ids >= 0) & (ids < RULE.experts)
+    at = logits.data + t * logits.token_stride + ids * logits.expert_stride
+    share = tl.where(picked, _score(tl.load(at, mask=picked, other=0.0)), 0.0)  # [BLOCK_T, BLOCK_K]
+    # share = share / share.sum(1, keepdim=True) * scaling
+    if RULE.renormalize:
         # Beyond the last token nothing is picked; 0 / 0 there would only make the interpreter warn.
         share = share / tl.where(t < num_tokens, tl.sum(share, axis=1)[:, None], 1.0)
     share *= scaling
-    WIDTH: tl.constexpr = TOPK + 1 if SHARED else TOPK
-    if SHARED:
+    WIDTH: tl.constexpr = RULE.topk + 1 if RULE.shared else RULE.topk
+    if RULE.shared:
         mask = (t < num_tokens) & (k < WIDTH)
-        share, ids = tl.where(k == TOPK, 1.0, share), tl.where(k == TOPK, EXPERTS, ids)
+        share, ids = tl.where(k == RULE.topk, 1.0, share), tl.where(k == RULE.topk, RULE.experts, ids)
     at = t * WIDTH + k
-    tl.store(weights + at, share, mask=mask)
-    tl.store(chosen + at, ids, mask=mask)
+    tl.store(weights + at, share, mask=mask)  # [BLOCK_T, BLOCK_K]
+    tl.store(chosen + at, ids, mask=mask)  # [BLOCK_T, BLOCK_K]
 
 
 @triton.jit
-def _best(
-    logits, stride, expert_stride, bias, t, live, k,
-    EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _best(logits: Logits, bias, t, live, k, RULE: tl.constexpr):
     """The experts of the TOPK largest biased scores, [BLOCK_T, BLOCK_K] int64; of equal ones, the first."""
-    e = tl.arange(0, BLOCK_E)[None, :]
-    choice = _score(tl.load(logits + t * stride + e * expert_stride, mask=live & (e < EXPERTS), other=0.0))
+    e = tl.arange(0, RULE.block_e)[None, :]
+    at = logits.data + t * logits.token_stride + e * logits.expert_stride
+    choice = _score(tl.load(at, mask=live & (e < RULE.experts), other=0.0))  # [BLOCK_T, BLOCK_E]
     if bias is not None:
-        choice += tl.load(bias + e, mask=e < EXPERTS, other=0.0).to(tl.float32)
+        choice += tl.load(bias + e, mask=e < RULE.experts, other=0.0).to(tl.float32)  # [1, BLOCK_E]
     # -inf stands for what is taken already or no expert; a diverged model's own -inf and NaN must differ from it.
     choice = tl.where(choice > -3.0e38, choice, -3.0e38)
-    choice = tl.where(e < EXPERTS, choice, -float("inf"))
+    choice = tl.where(e < RULE.experts, choice, -float("inf"))
+    BLOCK_T: tl.constexpr = RULE.block_t
+    BLOCK_K: tl.constexpr = RULE.block_k
+    TOPK: tl.constexpr = RULE.topk
     ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int64)
     for rank in tl.static_range(TOPK):
-        first = tl.min(tl.where(choice == tl.max(choice, axis=1)[:, None], e, EXPERTS), axis=1)[:, None]
+        first = tl.min(tl.where(choice == tl.max(choice, axis=1)[:, None], e, RULE.experts), axis=1)[:, None]
         ids = tl.where(k == rank, first.to(tl.int64), ids)
         choice = tl.where(e == first, -float("inf"), choice)
     return ids
@@ -85,10 +108,10 @@ def _best(
 
 @triton.jit
 def _score(logit):
-    """The root of softplus, to a few ulp also where softplus is tiny."""
+    """softplus(logit).sqrt(), to a few ulp also where softplus is tiny."""
     small = tl.exp(-tl.abs(logit))
-    # log(1 + small): what `1 + small` rounds away is made good by the quotient.
+    # log(1 + small): the quotient restores what `1 + small` rounds away.
     above = 1 + small
     log = tl.where(above == 1, small, tl.log(above) * (small / tl.where(above == 1, 1.0, above - 1)))
-    # Far below zero the root is that of exp(logit), which itself would be flushed to zero from -87 on.
+    # Far below zero the root is that of exp(logit), which itself would be flushed to zero below -87.
     return tl.where(logit < -20, tl.exp(0.5 * logit), tl.sqrt(tl.maximum(logit, 0) + log))
