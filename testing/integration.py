@@ -33,11 +33,11 @@ def engine_config(directory: Path, **arguments: Any) -> Any:
     return EngineArgs(model=str(directory), **arguments).create_engine_config()
 
 
-def run_python(code: str, timeout: float = IMPORT_TIMEOUT, **environment: str) -> str:
+def run_python(code: str, timeout: float = IMPORT_TIMEOUT, environment: dict[str, str] | None = None) -> str:
     """Run `code` in a new interpreter at log level INFO; its output as text, stderr included."""
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO", **environment},
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

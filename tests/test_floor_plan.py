@@ -178,7 +178,7 @@ def test_only_the_integration_registers_or_patches() -> None:
         imported = [x for x in imports_of(path) if x.target[0] == "vllm" or "compat" in x.target[1:-1]]
         assert [str(x) for x in imported if registries.search(".".join(x.target))] == []
         names = {x.target[-1] for x in imported}
-        assert [f"{path}:{node.lineno}" for node in ast.walk(parse(path)) if assigns_to(node, names)] == []
+        assert [f"{path}: {ast.unparse(node)}" for node in ast.walk(parse(path)) if assigns_to(node, names)] == []
 
 
 def assigns_to(node: ast.AST, names: set[str]) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
 
 import vllm_deepseek_v4flash
+from testing.logs import recorded
 from vllm_deepseek_v4flash.config import ARCHITECTURE
 from vllm_deepseek_v4flash.integration import install
 from vllm_deepseek_v4flash.integration.in_tree import IN_TREE_ARCHITECTURE
@@ -17,17 +17,9 @@ from vllm_deepseek_v4flash.integration.workarounds import MLA_DISABLE_ENV
 
 @pytest.fixture
 def log():
-    """Messages of the package's loggers, which reach no root handler once vLLM has configured logging."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(handler.format(record))
-    logger = logging.getLogger("vllm.deepseek_v4flash")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield messages
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    """The lines of the package's loggers."""
+    with recorded("vllm.deepseek_v4flash") as recorder:
+        yield recorder.lines
 
 
 @pytest.fixture

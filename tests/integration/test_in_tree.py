@@ -141,8 +141,7 @@ def test_llama_is_the_same_with_and_without_the_plugin(tmp_path):
             f"import runpy, sys; sys.argv = ['', {str(tmp_path / 'llama')!r}]\n"
             f"runpy.run_path({str(script)!r}, run_name='__main__')",
             timeout=ENGINE_TIMEOUT,
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
-            **plugins,
+            environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | plugins,
         )
         assert (f"Registered {ARCHITECTURE}" in output) is (name == "with")
         (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]

@@ -84,7 +84,7 @@ def test_the_switch_leaves_vllms_model(tmp_path):
         "print('CLASS', cls.__module__)\n"
         "print('MLA', config.use_mla)\n"
         "print('BACKEND', 'DEEPSEEK_V4FLASH' in AttentionBackendEnum.__members__)\n",
-        **{DISABLE_ENV: "1"},
+        environment={DISABLE_ENV: "1"},
     )
     assert f"CLASS {IN_TREE}." in output
     assert "MLA True" in output

@@ -56,7 +56,7 @@ def native_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def reader_for(config_class: type) -> type:
+def reader_for(config_class: Any) -> Any:
     """A subclass of the Hugging Face config class `config_class` whose `from_dict` also reads re-saved files.
 
     It returns instances of `config_class` itself, so nothing downstream can tell the difference, and they pickle to
@@ -66,7 +66,7 @@ def reader_for(config_class: type) -> type:
     class ResavedConfigReader(config_class):
         @classmethod
         def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-            return config_class.from_dict(native_keys(config_dict), **kwargs)  # type: ignore[attr-defined]
+            return config_class.from_dict(native_keys(config_dict), **kwargs)
 
     ResavedConfigReader.reads_resaved_configs = True
     return ResavedConfigReader
