@@ -1,10 +1,10 @@
-"""Serve a DeepSeek-V4 checkpoint through vLLM's `LLM()` and show what it holds, what it says and how fast.
+"""Run a DeepSeek-V4 checkpoint in vLLM's `LLM()` and show its layers, its answers and its speed.
 
     python examples/demo.py [DIR] [--dtype float32] [--kv-cache-dtype fp8] [--num-questions 200]
 
-DIR defaults to the small trained model in `examples/toy`. A directory with an `eval.jsonl` beside its weights
-is also scored: each line holds a `prompt` in V4's chat format, its `answer`, and `greedy_token_ids`, the
-tokens that `transformers` generated greedily in float32.
+DIR defaults to the small trained model in `examples/toy`. If the directory has an `eval.jsonl`, the model is also
+scored: each line has a `prompt` in V4's chat format, its `answer`, and `greedy_token_ids`, the tokens that
+`transformers` generated greedily in float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TOY_CACHE_BYTES = 1 << 30
 
 
 class DemoError(Exception):
-    """A failure whose message is all that the user needs to read."""
+    """An error that is shown to the user without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Question:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; DemoError where `directory` holds no DeepSeek-V4 text checkpoint."""
+    """The checkpoint's config.json; DemoError if `directory` is not a DeepSeek-V4 text checkpoint."""
     if not directory.is_dir():
         raise DemoError(f"{directory} is not a directory: give the directory of a DeepSeek-V4 checkpoint.")
     path = directory / "config.json"
@@ -72,15 +72,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if ARCHITECTURE not in architectures:
         raise DemoError(
             f"{path} is not a DeepSeek-V4 checkpoint's: its architectures are {architectures} (model_type "
-            f"{config.get('model_type')!r}), and this serves {ARCHITECTURE}."
+            f"{config.get('model_type')!r}). Give one with {ARCHITECTURE}."
         )
     if not any(directory.glob("*.safetensors")):
-        raise DemoError(f"{directory} has no *.safetensors file, so there are no weights to serve.")
+        raise DemoError(f"{directory} has no *.safetensors file: there are no weights to load.")
     return config
 
 
 def load_questions(directory: Path, limit: int | None) -> list[Question]:
-    """The first `limit` questions of the directory's eval.jsonl, or none where it has no such file."""
+    """The first `limit` questions of the directory's eval.jsonl; none without that file."""
     path = directory / "eval.jsonl"
     if not path.is_file():
         return []
@@ -90,13 +90,13 @@ def load_questions(directory: Path, limit: int | None) -> list[Question]:
 
 
 def split_reply(text: str) -> tuple[str, str]:
-    """`(thinking, answer)` of a reply; a reply with no `</think>` is all answer."""
+    """`(thinking, answer)` of a reply; without `</think>` all of it is the answer."""
     thinking, _, answer = text.rpartition(END_OF_THINKING)
     return thinking.strip(), answer.strip()
 
 
 def describe_layers(config: DeepseekV4Config) -> str:
-    """The layers in order, equal neighbours joined, and how many there are of each kind."""
+    """The layers in order, with equal neighbours joined, and the number of each kind."""
     runs: list[tuple[str, int, int]] = []
     for index, kind in enumerate(config.layer_kinds):
         name = KIND_NAMES[kind]
@@ -111,7 +111,7 @@ def describe_layers(config: DeepseekV4Config) -> str:
 
 
 def layer_cache_specs(worker: Any) -> list[Any]:
-    """The spec of every cache that vLLM allocated in `worker`, one for each layer's cache."""
+    """The specs of the caches that vLLM allocated in `worker`, one for each cache of each layer."""
     specs: list[Any] = []
     for group in worker.model_runner.kv_cache_config.kv_cache_groups:
         by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
@@ -120,9 +120,9 @@ def layer_cache_specs(worker: Any) -> list[Any]:
 
 
 def cache_cost(specs: Sequence[Any]) -> tuple[float, int]:
-    """What a sequence costs by vLLM's KV-cache specs: bytes for each token, and bytes in any case.
+    """The cost of a sequence by vLLM's KV-cache specs: bytes for each token, and bytes for the sequence.
 
-    Caches with a sliding window (the window's rows, the compressors' states) hold a bounded number of tokens.
+    Caches with a sliding window (the window's rows, the compressors' states) have a bounded number of tokens.
     """
     per_token, fixed = 0.0, 0.0
     for spec in specs:
@@ -136,9 +136,9 @@ def cache_cost(specs: Sequence[Any]) -> tuple[float, int]:
 
 
 def score(questions: Sequence[Question], replies: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Counter]:
-    """Right answers, tokens identical to transformers', and questions in all, per task; key "all" sums them.
+    """By task, and for "all": the questions asked, right answers, and replies with transformers' tokens.
 
-    `replies` are `(text, token_ids)` in the questions' order.
+    replies: `(text, token_ids)` in the order of the questions.
     """
     table: dict[str, Counter] = {}
     for question, (text, token_ids) in zip(questions, replies, strict=True):
@@ -159,7 +159,7 @@ def print_scores(table: Mapping[str, Counter]) -> None:
 
 
 def pick_shown(questions: Sequence[Question]) -> list[int]:
-    """Indices of one question for each task and mode, in the file's order."""
+    """The indices of one question for each task and mode, in the file's order."""
     first: dict[tuple[str, bool], int] = {}
     for index, question in enumerate(questions):
         first.setdefault((question.task, question.thinking), index)
@@ -175,7 +175,7 @@ def print_reply(question: str, text: str, note: str = "") -> None:
 
 
 def run_eval(llm: Any, questions: Sequence[Question]) -> None:
-    """Generate greedily for every question at once; the prompts are already in V4's chat format."""
+    """Answer all questions at once, greedily; the prompts are in V4's chat format."""
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
@@ -196,7 +196,7 @@ def run_eval(llm: Any, questions: Sequence[Question]) -> None:
 
 
 def run_chat(llm: Any, count: int | None) -> None:
-    """Ask a few general questions at once, through vLLM's chat template for V4."""
+    """Ask a few general questions at once, with vLLM's chat template for V4."""
     from vllm import SamplingParams
 
     questions = CHAT_PROMPTS[:count]
@@ -222,7 +222,7 @@ def print_speed(outputs: Sequence[Any], seconds: float) -> None:
 
 
 def describe_rows(config: DeepseekV4Config, vllm_config: Any) -> str:
-    """How the cached rows are stored, once vLLM's `auto` is resolved."""
+    """How cached rows are stored, with `auto` resolved."""
     from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
 
     index_dtype = (vllm_config.additional_config or {}).get("index_cache_dtype", "auto")
@@ -238,7 +238,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def print_engine(llm: Any, config: DeepseekV4Config) -> None:
-    """What is being served: the class, the dtypes, the layers, the cache."""
+    """Print the model's class and dtype, its layers and its cache."""
     model_class = llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}")[0]
     per_token, fixed = cache_cost(llm.collective_rpc(layer_cache_specs)[0])
     rows = describe_rows(config, llm.llm_engine.vllm_config)
@@ -249,7 +249,7 @@ def print_engine(llm: Any, config: DeepseekV4Config) -> None:
 
 def make_llm(options: argparse.Namespace) -> Any:
     """Start vLLM on the checkpoint."""
-    # One process: the model and the cache specs can then be looked at.
+    # In one process, so that the model and the cache specs can be read.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -259,7 +259,7 @@ def make_llm(options: argparse.Namespace) -> Any:
     if options.kv_cache_memory_bytes is not None:
         arguments["kv_cache_memory_bytes"] = options.kv_cache_memory_bytes
     elif options.directory.resolve().parent == TOY.parent:
-        # Left alone, vLLM claims and clears half of the memory, which takes longer than all the rest.
+        # By default vLLM claims and clears half of the memory, which takes longer than everything else.
         arguments["kv_cache_memory_bytes"] = TOY_CACHE_BYTES
     if options.index_cache_dtype is not None:
         arguments["additional_config"] = {"index_cache_dtype": options.index_cache_dtype}
@@ -270,18 +270,18 @@ def make_llm(options: argparse.Namespace) -> Any:
     try:
         return LLM(**arguments)
     except ValueError as error:
-        raise DemoError(f"vLLM refuses this checkpoint or these options: {error}") from error
+        raise DemoError(f"vLLM refused this checkpoint or these options: {error}") from error
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", nargs="?", type=Path, default=TOY, help="a DeepSeek-V4 checkpoint")
-    parser.add_argument("--dtype", default="auto", help="as vLLM's; auto is the checkpoint's own")
-    parser.add_argument("--kv-cache-dtype", help="as vLLM's")
+    parser.add_argument("--dtype", default="auto", help="same as vLLM; auto: the checkpoint's own")
+    parser.add_argument("--kv-cache-dtype", help="same as vLLM")
     parser.add_argument("--index-cache-dtype", help="the indexer's keys: fp8, fp4 or model")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, help="as vLLM's; 1 GiB for the toys")
-    parser.add_argument("--max-model-len", type=int, help="as vLLM's")
-    parser.add_argument("--num-questions", type=int, help="ask only the first this many (default: all)")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="same as vLLM; 1 GiB for the toys")
+    parser.add_argument("--max-model-len", type=int, help="same as vLLM")
+    parser.add_argument("--num-questions", type=int, help="ask the first this many questions (default: all)")
     options = parser.parse_args(arguments)
     if options.num_questions is not None and options.num_questions < 1:
         parser.error(f"--num-questions is {options.num_questions}; it must be at least 1")
@@ -294,7 +294,7 @@ def demo(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise DemoError(f"{options.directory / 'config.json'}: {error}") from error
     questions = load_questions(options.directory, options.num_questions)
-    print(f"Serving {options.directory} through vLLM (VLLM_LOGGING_LEVEL=INFO shows its log)", flush=True)
+    print(f"Loading {options.directory} into vLLM (VLLM_LOGGING_LEVEL=INFO shows its log)", flush=True)
     started = time.perf_counter()
     llm = make_llm(options)
     print(f"  ready in  {time.perf_counter() - started:.1f} s")

@@ -6,12 +6,12 @@ A line of IN.jsonl is one of OpenAI's batch requests:
 
     {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "14+36?"}], "reasoning_effort": "high"}}
 
-`reasoning_effort` is per line: "none" does not think, "low", "high" and "max" do, as far as the checkpoint has the
-mode. A line of OUT.jsonl is one of OpenAI's batch results, in the order in which the requests finish; a tool call is
-in its `content` as the model wrote it. Every result is on the disk before the next step of the model, so that a kill,
-or a power cut, loses only what was being written; the same command again answers what is missing.
+Each line has its own `reasoning_effort`: "none" does not think; "low", "high" and "max" do, if the checkpoint has the
+mode. A line of OUT.jsonl is one of OpenAI's batch results, in the order in which the requests finish; a tool call is in
+its `content` as the model wrote it. Every result is on disk before the next step of the model, so a kill or a power cut
+loses only what was being written. The same command again answers what is missing.
 
-The exit status is 0, 1 where some requests were refused (their `error` says why), 2 where nothing could be run.
+The exit status is 0, 1 if some requests were refused (their `error` gives the reason), 2 if nothing could run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 TOY = Path(__file__).resolve().parent / "toy"
 TOY_ARGUMENTS = {"kv_cache_memory_bytes": 1 << 30}
-# What the engine holds at once: enough to keep it busy, and a request that waits costs no KV cache.
+# Requests in the engine at once: enough to keep it busy. Waiting requests take no KV cache.
 IN_FLIGHT = 512
 URL = "/v1/chat/completions"
 LINE_KEYS = ("custom_id", "method", "url", "body")
@@ -40,12 +40,12 @@ SAMPLING_KEYS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "thinking_token_budget",
 )  # fmt: skip
-# `model` is OpenAI's, and the model here is --model; `max_completion_tokens` is its newer name of `max_tokens`.
+# `model` is accepted, but --model decides. `max_completion_tokens` is OpenAI's newer name of `max_tokens`.
 BODY_KEYS = ("model", "max_completion_tokens", *CHAT_KEYS, *SAMPLING_KEYS)
 
 
 class BatchError(Exception):
-    """A failure whose message is all that the user needs to read."""
+    """An error that is shown to the user without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Request:
 
     @property
     def id(self) -> str:
-        """Of its result: tells an answer to this body from an answer to another body under the same custom_id."""
+        """The id of the result, which depends on the body: another body with the same custom_id has another id."""
         return f"batch_req_{hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def read_requests(path: Path) -> list[Request]:
-    """All lines of the input; BatchError names the first line that is not a request, before any work is done."""
+    """All lines of the input; BatchError with the first line that is not a request."""
     try:
-        # Not splitlines, which also breaks at characters that a JSON text may hold.
+        # Not splitlines, which also splits at characters that JSON text may contain.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{path} cannot be read: {error}") from error
@@ -83,7 +83,7 @@ def read_requests(path: Path) -> list[Request]:
 
 
 def parse_request(line: str) -> Request:
-    """ValueError with what is wrong, and what is allowed."""
+    """The request of one line; ValueError with what is wrong and what is allowed."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"the line is {type(row).__name__}, and must be an object with {', '.join(LINE_KEYS)}")
@@ -101,10 +101,10 @@ def parse_request(line: str) -> Request:
 
 
 class Results:
-    """The output file: one whole line for each finished request, and nothing else, whenever the run ends.
+    """The output file: a whole line for each finished request and nothing else, whenever the run ends.
 
-    A line counts once its line break is on the disk. Opening it cuts off what follows the last line break, which is
-    what a killed run was writing. Two runs cannot have the same file open.
+    A line counts when its line break is on disk. Opening the file cuts off what follows the last line break, which a
+    killed run was writing. Two runs cannot have the same file open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,7 +121,7 @@ class Results:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         os.ftruncate(self._file, whole)
-        # A file is as lasting as its name in the directory.
+        # The file's name must be on disk, too.
         sync_directory(path.resolve().parent)
         self.ids: dict[str, str] = {}
         self.refused = 0
@@ -141,7 +141,7 @@ class Results:
         self.refused += row["error"] is not None
 
     def check(self, requests: Sequence[Request]) -> None:
-        """BatchError where the file has a result of something else than these requests."""
+        """BatchError if the file has a result of other requests than these."""
         expected = {request.custom_id: request.id for request in requests}
         for custom_id, found in self.ids.items():
             if expected.get(custom_id) != found:
@@ -151,7 +151,7 @@ class Results:
                 )
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append, and return when they are on the disk."""
+        """Append rows; returns when they are on disk."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         while data:
             data = data[os.write(self._file, data) :]
@@ -172,7 +172,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_prompt(tokenizer: Any, body: dict[str, Any]) -> list[int]:
-    """The token ids of a conversation in its reasoning mode, as `LLM().chat()` and the server make them."""
+    """The token ids of a conversation in its reasoning mode, the same as from `LLM().chat()` and the server."""
     options = dict(body.get("chat_template_kwargs") or {})
     if body.get("reasoning_effort") is not None:
         options["reasoning_effort"] = body["reasoning_effort"]
@@ -180,7 +180,7 @@ def make_prompt(tokenizer: Any, body: dict[str, Any]) -> list[int]:
 
 
 def make_sampling(llm: Any, body: dict[str, Any]) -> Any:
-    """The checkpoint's own sampling, changed by the request. Without max_tokens a reply may fill the context."""
+    """The checkpoint's default sampling with the request's changes. Without max_tokens a reply may fill the context."""
     from vllm.sampling_params import RequestOutputKind
 
     sampling = llm.get_default_sampling_params()
@@ -220,7 +220,7 @@ def refusal(request: Request, error: Exception) -> dict[str, Any]:
 
 
 def run(llm: Any, requests: Sequence[Request], results: Results, model: str) -> None:
-    """Answer what `results` lacks, at most IN_FLIGHT at once."""
+    """Answer the requests without a result, at most IN_FLIGHT at once."""
     from vllm.exceptions import VLLMClientError
 
     tokenizer, engine = llm.get_tokenizer(), llm.llm_engine
@@ -255,7 +255,7 @@ def run(llm: Any, requests: Sequence[Request], results: Results, model: str) -> 
 
 
 def make_llm(options: argparse.Namespace) -> Any:
-    # In a process of its own the engine outlives a killed run, and holds the memory that the next run needs.
+    # An engine in its own process would outlive a killed run and keep the memory that the next run needs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
@@ -269,7 +269,7 @@ def make_llm(options: argparse.Namespace) -> Any:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("input", type=Path, help="JSONL of OpenAI batch requests")
-    parser.add_argument("output", type=Path, help="JSONL of their results; made, or continued")
+    parser.add_argument("output", type=Path, help="JSONL of their results; created, or continued")
     parser.add_argument("--model", type=Path, default=TOY, help="a checkpoint directory (default: the toy)")
     parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vllm.LLM, as a JSON object")
     options = parser.parse_args(arguments)
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: the same command continues from here", file=sys.stderr)
         return 130
 
 

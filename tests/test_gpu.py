@@ -1,4 +1,4 @@
-"""The whole model on a GPU, its kernels compiled, against transformers on the CPU."""
+"""The whole model on a GPU, with compiled kernels, compared with transformers on the CPU."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_prefill_and_decode_equal_transformers_in_fp32(name: str, tmp_path: Path
     ("model", "options", "least"),
     [
         pytest.param("toy", ["--dtype", "float32"], 200, id="float32"),
-        # 16-bit arithmetic and fp8 rows round: on a CPU one reply of 200 differs, and another order of sums may turn
-        # a few more; a wrong kernel turns nearly all.
+        # 16-bit arithmetic and fp8 rows round: on a CPU one reply of 200 differs, and another order of sums may change
+        # a few more; a wrong kernel changes nearly all.
         pytest.param("toy", [], 190, id="bfloat16-fp8-rows"),
         pytest.param("toy", ["--kv-cache-dtype", "bfloat16"], 190, id="bfloat16-rows"),
         pytest.param("toy", ["--index-cache-dtype", "fp4"], 190, id="4-bit-index"),

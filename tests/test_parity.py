@@ -1,4 +1,4 @@
-"""The served model against transformers in fp32: every logprob of every position, prefill and decode."""
+"""The model in vLLM compared with transformers in fp32: every logprob of every position, prefill and decode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NEW_TOKENS = 40
 
 
-# All kinds of layers and the indexer's choice, in the time that Triton's interpreter allows.
+# All kinds of layers and the indexer's choice, as far as the interpreter's speed allows.
 ON_BOTH_RUNNERS = ("topk", "odd")
 
 
@@ -35,7 +35,7 @@ def test_prefill_equals_transformers(served: Served) -> None:
 
 
 def test_greedy_decode_equals_transformers(served: Served) -> None:
-    """Tokens and whole distributions of 40 decode steps, held against one teacher-forced pass."""
+    """Tokens and whole distributions of 40 decode steps, compared with one teacher-forced pass."""
     ((tokens, table),) = engine.decode(served.llm, [served.tokens], NEW_TOKENS)
     expected = oracle.logprobs(served.oracle, served.tokens + tokens)[len(served.tokens) - 1 : -1]
     assert tokens == expected.argmax(-1).tolist()
@@ -43,7 +43,7 @@ def test_greedy_decode_equals_transformers(served: Served) -> None:
 
 
 def test_any_length_in_one_batch(served: Served) -> None:
-    """Prompts that end before, at and after the first compressed entries, all in one step."""
+    """Prompts that end before, at and after the first compressed entries, in one step."""
     lengths = (1, 2, 3, 4, 5, 8, 127, 128)
     tables = engine.full_logprobs(served.llm, [served.tokens[:length] for length in lengths])
     for length, table in zip(lengths, tables, strict=True):
@@ -58,7 +58,7 @@ def _transformers_saves(original: Path, target: Path, *, hybrid: bool) -> None:
 
 STYLES: dict[str, Callable[[Path, Path, tiny.TinySpec], object]] = {
     "prefixed, in shards": lambda _, target, spec: tiny.write_checkpoint(target, spec, style="prefixed", shards=3),
-    "transformers' names, experts apart": lambda _, target, spec: tiny.write_checkpoint(
+    "transformers' names, experts separate": lambda _, target, spec: tiny.write_checkpoint(
         target, spec, style="transformers", resaved_config=True
     ),
     "hybrid names, experts fused": lambda _, target, spec: tiny.write_checkpoint(
@@ -86,6 +86,6 @@ def test_every_way_of_writing_a_checkpoint_gives_the_same_model(style: str, tmp_
 
 
 def test_the_comparison_sees_every_token(served: Served) -> None:
-    """Two right tables that are each constant would agree; these vary from position to position."""
+    """Two constant tables would agree; these vary from position to position."""
     spread = served.expected.std(0)
     assert torch.all(spread > 100 * TOLERANCE)

@@ -1,7 +1,8 @@
-"""testing/poison.py and tests/conftest.py: without them other tests would pass for the wrong reason."""
+"""testing/poison.py and tests/conftest.py. Without them other tests could pass for the wrong reason."""
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_an_integer_poison_is_no_index():
 
 @pytest.mark.parametrize("module", ["testing.oracle", "vllm_deepseek_v4flash_other", "torch.nn"])
 def test_others_get_what_they_asked_for(module):
-    """Zeros stand for the fresh memory, which may hold a NaN of an earlier test."""
+    """Zeros stand for fresh memory, which may contain a NaN of an earlier test."""
     allocate = poisoning(torch.zeros)
     assert not call_from(module, "allocate(4)", allocate=allocate).isnan().any()
     assert call_from("vllm_deepseek_v4flash.model", "allocate(4)", allocate=allocate).isnan().all()
@@ -87,7 +88,7 @@ def test_numbers_depend_on_the_test_alone(request):
 
 
 def test_gpu_tests_are_skipped_with_a_reason(monkeypatch):
-    item = SimpleNamespace(get_closest_marker={"gpu": object()}.get)
+    item: Any = SimpleNamespace(get_closest_marker={"gpu": object()}.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(pytest.skip.Exception, match="needs a CUDA device, and torch"):
         conftest.pytest_runtest_setup(item)

@@ -1,6 +1,6 @@
-"""What is marked `both_runners` passes on vLLM's V2 model runner too, in a pytest of its own.
+"""Tests marked `both_runners` also pass on vLLM's V2 model runner, in their own pytest process.
 
-Which runner vLLM takes is settled when it is imported, so the two cannot share a process.
+vLLM chooses its runner when it is imported, so the two cannot share a process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PLAIN = ("-p", "no:cacheprovider", "--durations", "20")
 
 
 def run_on_v2(*arguments: str, timeout: float) -> str:
-    """Run this Python on `arguments` with the V2 runner; returns what it printed, AssertionError if it failed."""
+    """Run this Python with `arguments` and the V2 runner; returns its output, AssertionError if it failed."""
     environment = dict(os.environ, PYTHONPATH=f"{HARNESS}{os.pathsep}{ROOT}")
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
@@ -29,7 +29,7 @@ def run_on_v2(*arguments: str, timeout: float) -> str:
     return done.stdout
 
 
-def test_vllm_takes_the_v2_runner() -> None:
+def test_vllm_chooses_the_v2_runner() -> None:
     code = (
         "from vllm.engine.arg_utils import EngineArgs; "
         "config = EngineArgs(model='examples/toy', dtype='float32').create_engine_config(); "

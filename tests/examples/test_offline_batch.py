@@ -1,8 +1,7 @@
-"""examples/offline_batch.py: a run that is killed in its middle and one that goes on, and every file it refuses."""
+"""examples/offline_batch.py: a run that is killed and one that continues it, and every file that it refuses."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from testing.scripts import imported
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "offline_batch.py"
 TOY = ROOT / "examples" / "toy"
@@ -23,7 +24,7 @@ MODES = ("none", "high", "max")
 # Room for 3 running requests: a run that is killed early has answered some of them and not others.
 LLM = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 3, "kv_cache_memory_bytes": 256 << 20}
 TIMEOUT = 1200  # seconds; a run takes 20 on idle cores
-# The script, which stops in its tracks once its output has so many lines.
+# Runs the script, which stops when its output has so many lines.
 HELD = """
 import runpy, signal, sys, types
 script, count, *arguments = sys.argv[1:]
@@ -42,14 +43,8 @@ sys.exit(example.main(arguments))
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("offline_batch", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclass looks its module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with imported(SCRIPT) as module:
+        yield module
 
 
 def line(custom_id: str, content: str = "14+36?", **body: Any) -> dict[str, Any]:
@@ -72,7 +67,7 @@ def arguments(requests: Path, results: Path, **llm: Any) -> list[str]:
 
 
 def run(requests: Path, results: Path, **llm: Any) -> subprocess.CompletedProcess[str]:
-    """To its end; `stdout` has the standard error, too."""
+    """Run the script to its end; `stdout` includes the standard error."""
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments(requests, results, **llm)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=TIMEOUT,
@@ -99,7 +94,7 @@ def kill_when_some_are_answered(requests: Path, results: Path, count: int, **llm
     _, alive = psutil.wait_procs(family, timeout=TIMEOUT)
     for left in alive:
         left.kill()
-    assert alive == [], "they hold the memory that the next run needs"
+    assert alive == [], "they keep the memory that the next run needs"
     return len(family)
 
 
@@ -132,7 +127,7 @@ def check_results(results: Path, asked: tuple[list[dict[str, Any]], dict[str, di
         row = rows[number]
         assert result["error"] is None
         assert ("reasoning" in choice["message"]) == (mode != "none")
-        if mode != "max":  # whose prompt is another one
+        if mode != "max":  # which has another prompt
             assert body["usage"]["completion_tokens"] == len(row["greedy_token_ids"])
             if row["greedy_correct"]:
                 assert choice["message"]["content"].strip() == row["answer"]
@@ -145,8 +140,8 @@ def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path, asked: Any) -> N
     kill_when_some_are_answered(requests, results, 4)
     before = results.read_text(encoding="utf-8")
     done = before.splitlines()
-    assert 4 <= len(done) < len(asked[0]), "it was killed in its middle"
-    # What a kill within a write leaves behind.
+    assert 4 <= len(done) < len(asked[0]), "it was killed while requests were running"
+    # What a kill during a write leaves.
     with results.open("a", encoding="utf-8") as stream:
         stream.write('{"id": "batch_req_0", "custom_id": "5 no')
     again = run(requests, results)

@@ -1,4 +1,4 @@
-"""examples/serve_and_ask.py on the toy: it serves, asks in each mode, and leaves no process behind."""
+"""examples/serve_and_ask.py on the toy: it starts a server, asks in each mode, and leaves no process running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT = 2400  # seconds; a start takes 25 on idle cores
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a session of its own, so that what it leaves behind can be found."""
+    """In its own session, so that processes that it leaves running can be found."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ,
@@ -59,7 +59,7 @@ def test_a_server_that_does_not_start_is_shown(tmp_path: Path) -> None:
     with log.open("wb") as stream:
         process = subprocess.Popen([sys.executable, "-c", "print('no such checkpoint'); exit(3)"], stdout=stream)
     with pytest.raises(example["ServeError"], match=r"ended with status 3:\nno such checkpoint"):
-        # A port that nobody listens on.
+        # No server listens on this port.
         example["wait_until_healthy"](process, "http://127.0.0.1:9/health", log)
 
 

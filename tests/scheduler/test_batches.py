@@ -1,4 +1,4 @@
-"""A request gives the same distributions in any company: short, long, prefilling, decoding and aborted ones."""
+"""A request gives the same distributions whatever runs with it: short, long, prefilling, decoding, aborted requests."""
 
 from __future__ import annotations
 

@@ -8,14 +8,15 @@ import pytest
 
 from testing.mutate import mutated
 from testing.scheduler.engines import Engines, References
-from testing.scheduler.exact import reference_ops, rounding_once
+from testing.scheduler.exact import rounding_once
 from testing.scheduler.mistakes import FORGET_STATES
 from testing.scheduler.prompts import TEXTS
 from testing.scheduler.runner import Request, difference
+from vllm_deepseek_v4flash.ops import dispatch
 
 PROMPT, NEW_TOKENS = TEXTS[0], 20
 
-# On either side of what the caches are cut into: entries of 4 and 128 tokens, pages of 4, 8, 64 and 256.
+# Around the units of the caches: entries of 4 and 128 tokens, pages of 4, 8, 64 and 256.
 CHUNKS = (1, 3, 5, 127, 128, 129, 200)
 
 
@@ -28,7 +29,7 @@ def expected_chunks(prompt: int, chunk: int, new_tokens: int) -> list[int]:
 def test_chunks_of(chunk: int, engines: Engines, references: References) -> None:
     prompt = PROMPT[: 600 if chunk > 1 else 300]
     reference = references.get(prompt, NEW_TOKENS)
-    # vLLM wants at least as many tokens in a step as requests.
+    # vLLM requires max_num_batched_tokens >= max_num_seqs.
     runner = engines.get(max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 8))
     run = runner.run([Request(prompt, NEW_TOKENS, prompt_logprobs=True)])
     assert run.chunks(0) == expected_chunks(len(prompt), chunk, NEW_TOKENS)
@@ -47,7 +48,7 @@ def test_long_prompts_are_held_back_for_others(engines: Engines, references: Ref
     prompts = [TEXTS[0], TEXTS[2], TEXTS[4][:5]]
     wanted = [references.get(prompt, NEW_TOKENS) for prompt in prompts]
     run = engines.get(long_prefill_token_threshold=29).run([Request(prompt, NEW_TOKENS) for prompt in prompts])
-    # Alone at the end, the last long prompt may take a whole step.
+    # At the end the last long prompt runs alone and may take a whole step.
     assert run.chunks(0)[:20] == run.chunks(1)[:20] == [29] * 20
     assert run.chunks(2) == [5] + [1] * (NEW_TOKENS - 1)
     for number, reference in enumerate(wanted):
@@ -63,7 +64,7 @@ def test_fp8_rows_are_not_fp32_rows(references: References) -> None:
 def test_a_compressor_without_memory_is_caught(chunk: int, engines: Engines, references: References) -> None:
     reference = references.get(PROMPT, NEW_TOKENS)
     request = Request(PROMPT, 1, prompt_logprobs=True)
-    with reference_ops(), mutated(*FORGET_STATES):
+    with dispatch.use("reference"), mutated(*FORGET_STATES):
         whole = engines.get().run([request])
         difference(whole.result(0), reference)
         chunked = engines.get().run([request], budgets=(chunk,))
@@ -84,10 +85,10 @@ def exact_engines(engines: Engines) -> Iterator[Engines]:
 def test_fp8_rows_do_not_depend_on_chunks(chunk: int, exact_engines: Engines) -> None:
     """The rows are the same bytes if the numbers before their quantisation are.
 
-    In fp32 they are not quite: a value on the border of two fp8 codes falls to either side with the order of its
-    sums, a step of 6 % in that value, and the indexer then keeps another entry. That moved logprobs by up to 0.2
-    here, for a few positions or, from an early one, for all, and changed no greedy token. Rounding that does not
-    depend on the size of a step takes it away and leaves what the chunks carry.
+    In fp32 they are not quite: a value on the border of two fp8 codes goes to either with the order of its sums, a step
+    of 6 % in that value, and the indexer then keeps another entry. Here that moved logprobs by up to 0.2, at a few
+    positions or, from an early one, at all, and changed no greedy token. Rounding that does not depend on the size of a
+    step removes the effect and leaves what the chunks carry.
     """
     runner = exact_engines.get(kv_cache_dtype="fp8")
     reference = runner.alone(PROMPT, NEW_TOKENS)

@@ -1,4 +1,4 @@
-"""With the engine core in a process of its own, as `vllm serve` runs it, the answers are those of one process."""
+"""With the engine core in its own process, as in `vllm serve`, the answers are those of a single process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPTS = (TEXTS[0], TEXTS[2], TEXTS[4][:130])
 NEW_TOKENS = 20
 
 
-def test_engine_core_in_a_process_of_its_own(checkpoint: Path, engines: Engines, references: References) -> None:
+def test_engine_core_in_its_own_process(checkpoint: Path, engines: Engines, references: References) -> None:
     wanted = [references.get(prompt, NEW_TOKENS) for prompt in PROMPTS]
     engines.close()
     options = {"max_num_batched_tokens": 129, "enable_prefix_caching": True}

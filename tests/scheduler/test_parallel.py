@@ -13,9 +13,9 @@ from testing.scheduler.prompts import MIN_MARGIN, TEXTS
 from testing.scheduler.runner import Request, Result, difference, generate
 from testing.tiny import TinySpec, write_checkpoint
 
-# vLLM needs a layer of each kind on every stage. Layer 2 routes by token id on the second stage.
+# vLLM needs a layer of each kind in every stage. Layer 2, in the second stage, routes by token id.
 SPEC = TinySpec(
-    "either of two stages has a CSA and an HCA layer, and either hash layers",
+    "both stages have a CSA and an HCA layer, and hash layers",
     {
         "num_hidden_layers": 5,
         "compress_ratios": [4, 128, 4, 128, 0, 0],

@@ -1,4 +1,4 @@
-"""A request that lost its blocks and starts again goes on as if it had not."""
+"""A request that is preempted and starts again gives the same distributions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from testing.scheduler.engines import Engines, References
 from testing.scheduler.prompts import TEXTS
 from testing.scheduler.runner import Request, Squeeze, difference
 
-# They grow while they decode, over the ends of pages of every cache.
+# While they decode they grow beyond the ends of pages of every cache.
 PROMPTS = (TEXTS[0][:230], TEXTS[2][:20], TEXTS[2][:40], TEXTS[4][:60])
 NEW_TOKENS = 100
 
@@ -38,7 +38,7 @@ def test_a_handful_of_blocks(caching: bool, engines: Engines, references: Refere
     ],
 )
 def test_blocks_are_gone_for_a_while(caching: bool, start: int, engines: Engines, references: References) -> None:
-    """The squeeze falls into the prefill of the first request, of the others, and into decoding."""
+    """The squeeze meets the prefill of the first request, that of the others, and decoding."""
     runner = engines.get(enable_prefix_caching=caching)
     wanted = [references.get(prompt, NEW_TOKENS, runner) for prompt in PROMPTS]
     requests = [Request(prompt, NEW_TOKENS, arrival=2 * number) for number, prompt in enumerate(PROMPTS)]

@@ -1,4 +1,4 @@
-"""What vLLM takes from its prefix cache is what computing it again would give."""
+"""What vLLM reads from its prefix cache is what it would compute again."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 
 from testing.mutate import mutated
 from testing.scheduler.engines import Engines, References
-from testing.scheduler.exact import reference_ops
 from testing.scheduler.mistakes import FORGET_STATES
 from testing.scheduler.prompts import TEXTS, random_ids
 from testing.scheduler.runner import Request, Result, Run, difference
+from vllm_deepseek_v4flash.ops import dispatch
 
 NEW_TOKENS = 20
-# Hits fall on multiples of the largest page. By default vLLM keeps windows and states only at the last of them in a
-# prompt and where prompts part; here it keeps them at all, so that every one is tried.
+# The length of a hit is a multiple of the largest page. By default vLLM keeps windows and states only at the last
+# multiple in a prompt and where prompts diverge; here it keeps them at all multiples, so that every one is tested.
 PAGE = 256
 DEFAULT = {"enable_prefix_caching": True}
 CACHING = {**DEFAULT, "prefix_cache_retention_interval": PAGE}
@@ -33,18 +33,18 @@ class Turn:
     request: Request
     reference: Result
     cached: int
-    """Prompt tokens that the turns before it leave in the cache."""
+    """Prompt tokens that are in the cache after the earlier turns."""
 
 
 @pytest.fixture(scope="module")
 def conversation(engines: Engines) -> list[Turn]:
-    """Each turn repeats the ones before it, with the model's own answers."""
+    """Each turn repeats the earlier ones, with the model's own answers."""
     runner = engines.get(**CACHING)
     turns, prompt, seen = [], TEXTS[2][:200], 0
     for number in range(4):
         reference = runner.alone(prompt, 70)
         turns.append(Turn(Request(prompt, 70), reference, min(seen, len(prompt) - 1) // PAGE * PAGE))
-        # The last new token was never fed to the model.
+        # The last new token is not an input of the model.
         seen = len(prompt) + 70 - 1
         prompt = (*prompt, *reference.tokens, *random_ids(90, seed=number))
     return turns
@@ -60,7 +60,7 @@ def test_turns_of_a_conversation(budget: int, conversation: list[Turn], engines:
 
 
 @pytest.mark.parametrize("budget", [1024, 100, 7])
-def test_texts_that_part_after_a_shared_beginning(budget: int, engines: Engines, references: References) -> None:
+def test_texts_that_diverge_after_a_shared_beginning(budget: int, engines: Engines, references: References) -> None:
     runner = engines.get(**CACHING)
     wanted = [references.get(text, NEW_TOKENS, runner) for text in TEXTS]
     for (number, text), cached in zip(enumerate(TEXTS), (0, 256, 0, 512, 0), strict=True):
@@ -70,7 +70,7 @@ def test_texts_that_part_after_a_shared_beginning(budget: int, engines: Engines,
 
 def test_several_requests_hit_at_once(engines: Engines, references: References) -> None:
     runner = engines.get(**CACHING)
-    # A prompt is never taken whole: its last token must be computed.
+    # A hit is never the whole prompt: its last token must be computed.
     prompts = [TEXTS[2], TEXTS[3], TEXTS[2][:513], TEXTS[2][:512], TEXTS[1], TEXTS[2][:256], TEXTS[2][:257]]
     wanted = [references.get(prompt, NEW_TOKENS, runner) for prompt in prompts]
     runner.run([Request(TEXTS[2], 1)])
@@ -80,7 +80,7 @@ def test_several_requests_hit_at_once(engines: Engines, references: References) 
 
 
 def test_what_is_kept_by_default(engines: Engines, references: References) -> None:
-    """The end of a prompt, and from the second text on the place where they part."""
+    """The end of a prompt and, for the second and later texts, the place where they diverge."""
     runner = engines.get(**DEFAULT)
     third = (*TEXTS[0][:300], *random_ids(300, seed=9))
     prompts = [TEXTS[0], TEXTS[1], third, TEXTS[0], TEXTS[0][:513]]
@@ -101,7 +101,7 @@ def test_a_hit_on_blocks_of_a_request_that_still_runs(engines: Engines, referenc
 
 
 def test_prompt_logprobs_of_a_cached_prompt(engines: Engines, references: References) -> None:
-    """vLLM recomputes such a prompt, and writes its blocks a second time."""
+    """vLLM recomputes such a prompt and writes its blocks again."""
     runner = engines.get(**CACHING)
     request = Request(TEXTS[2], NEW_TOKENS, prompt_logprobs=True)
     wanted = references.get(TEXTS[2], NEW_TOKENS, runner)
@@ -126,7 +126,7 @@ def test_states_that_do_not_come_with_a_hit_are_caught(engines: Engines, referen
     runner = engines.get(**CACHING)
     reference = references.get(TEXTS[2], 1, runner)
     request = Request(TEXTS[2], 1)
-    with reference_ops(), mutated(*FORGET_STATES):
+    with dispatch.use("reference"), mutated(*FORGET_STATES):
         check(runner.run([request]), [request], [reference], [0])
         run = runner.run([request])
     assert run.result(0).cached == 2 * PAGE

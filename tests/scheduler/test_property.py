@@ -1,7 +1,7 @@
-"""Any schedule gives every request that comes to its end the distributions that it has alone.
+"""Under any schedule every request that finishes has the distributions that it has alone.
 
-A schedule is drawn: prompts with shared beginnings, arrivals, new tokens, aborts, the number of tokens of each step,
-and steps without free blocks. It repeats exactly from its seed: `SCHEDULE_SEED=7 pytest …` draws others.
+A schedule is drawn at random: prompts with shared beginnings, arrivals, new tokens, aborts, the number of tokens of
+each step, and steps without free blocks. Its seed reproduces it; `SCHEDULE_SEED=7 pytest …` draws others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from testing.scheduler.engines import Engines, References
 from testing.scheduler.prompts import TEXT_LENGTH, TEXTS
 from testing.scheduler.runner import Request, Squeeze, difference
 
-# So that a request may start before all of its prompt has room, and is preempted when none comes free.
+# A request may start before there is room for its whole prompt, and is preempted if no block becomes free.
 OPTIONS = {
     "enable_prefix_caching": True,
     "prefix_cache_retention_interval": 256,
@@ -28,7 +28,7 @@ OPTIONS = {
 }
 SEED = int(os.environ.get("SCHEDULE_SEED", "2"))
 MAX_NEW_TOKENS = 12
-# Next to the ends of entries, windows and pages.
+# Around the ends of entries, windows and pages.
 LENGTHS = (1, 4, 5, 33, 127, 128, 129, 256, 257, 300, 511, 512, 513, 530, 641, 700, TEXT_LENGTH)
 CHUNKS = (1, 3, 5, 127, 128, 129, 200)
 # A schedule of fewer tokens a step than this on average takes a minute.
@@ -52,7 +52,7 @@ def requests(draw: Any, texts: Sequence[tuple[int, ...]]) -> Request:
         max_tokens=draw(st.integers(1, MAX_NEW_TOKENS)),
         arrival=draw(st.integers(0, 30)),
         abort_after=draw(st.none() | st.none() | st.integers(1, 20)),
-        # rarely, as such a request reads no prefix cache
+        # rarely: such a request does not read the prefix cache
         prompt_logprobs=draw(st.sampled_from((False, False, False, True))),
     )
 
@@ -64,7 +64,7 @@ def schedules(draw: Any) -> Schedule:
     while sum(budgets) < MIN_MEAN_BUDGET * len(budgets):
         budgets.append(200)
     starts = draw(st.lists(st.integers(1, 15), max_size=2, unique=True))
-    # Fewer blocks than one step may want: a request that gets none of them waits for the end of the squeeze.
+    # Fewer blocks than a step may need: a request that gets none waits until the squeeze ends.
     blocks = st.sampled_from((0, 20, 40, 80, 120))
     squeezes = tuple(Squeeze(start, draw(st.integers(5, 40)), draw(blocks)) for start in starts)
     texts = draw(st.sampled_from((TEXTS[:2], TEXTS[2:4], TEXTS)))
@@ -77,7 +77,7 @@ def schedules(draw: Any) -> Schedule:
 
 
 def check_schedules(count: int, first_seed: int, engines: Engines, references: References) -> Counter[str]:
-    """Run `count` schedules on one engine; returns how often each thing that a schedule may contain happened."""
+    """Run `count` schedules on one engine; returns how often each event that a schedule may contain happened."""
     seen: Counter[str] = Counter()
     worst = 0.0
 

@@ -1,9 +1,10 @@
-"""The reference that the other files compare with is transformers' answer, and the comparison can fail."""
+"""The reference of the other files is transformers' answer, and the comparison can fail."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_reference_is_what_transformers_says(checkpoint: Path, references: Refer
         assert (served - expected).abs().max() <= TOLERANCE
 
         assert min(oracle.selection_margins(model, tokens).values()) > MIN_MARGIN
-        # Nor does a token: the tests of these prompts never use the comparison's licence for undecided ones.
+        # Nor any token: with these prompts the comparison never needs its exception for undecided tokens.
         best, second = result.logprobs.topk(2).values.unbind(-1)
         assert (best - second).min() > 2 * TOLERANCE
 
@@ -54,7 +55,7 @@ def test_comparison_accepts_rounding_and_reports_it() -> None:
     ],
     ids=["token", "logprob", "nan", "prompt", "missing row", "no tokens"],
 )
-def test_comparison_refuses(change: dict[str, object]) -> None:
+def test_comparison_refuses(change: dict[str, Any]) -> None:
     reference = _result([[-1.0, -2.0], [-3.0, -0.5]], [0, 1], [[-0.5, -0.6]])
     assert difference(reference, reference) == 0
     with pytest.raises(AssertionError):

@@ -1,6 +1,6 @@
-"""vLLM's graphs of whole decoding steps, and of the parts between attention of other steps: tokens as without them.
+"""With vLLM's graphs of whole decoding steps, and of the parts between attention of other steps, tokens are the same.
 
-Collected only where `tests/test_v2_runner.py` has switched the V2 runner on.
+Collected only when `tests/test_v2_runner.py` has switched the V2 runner on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from vllm_deepseek_v4flash.ops import dispatch
 
 PROMPTS = (slice(0, 150), slice(20, 43), slice(5, 6))
 SHORT = (slice(0, 9), slice(9, 13), slice(5, 6))
-"""Three, which leave a graph of four a row of padding; the longest of PROMPTS passes what the indexer takes unasked."""
+"""Three, which leave a row of padding in a graph of four. The longest of PROMPTS has more entries than the indexer
+chooses."""
 
 
 @pytest.mark.parametrize(
@@ -32,19 +33,17 @@ SHORT = (slice(0, 9), slice(9, 13), slice(5, 6))
 )
 def test_tokens_with_graphs_are_those_without(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     config: str,
     ops: str,
     sizes: list[int],
     prompts: tuple[slice, ...],
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setenv(dispatch.OPS_ENV, ops)
-    dispatch._resolve.cache_clear()
     spec, new_tokens = tiny.CONFIGS[config], 30 if ops == "auto" else 3
     path, tokens = tiny.write_checkpoint(tmp_path / "model", spec), tiny.prompt_tokens(spec)
     asked = [tokens[part] for part in prompts]
-    with engine.running(path, enforce_eager=True, max_num_batched_tokens=max(sizes), **options) as llm:
+    running = engine.running(path, enforce_eager=True, max_num_batched_tokens=max(sizes), **options)
+    with dispatch.use(ops), running as llm:
         expected = engine.decode(llm, asked, new_tokens)
         manager = capture(llm, "FULL_AND_PIECEWISE", sizes)
         assert manager.cudagraph_mode.name == "FULL_AND_PIECEWISE"
@@ -54,7 +53,6 @@ def test_tokens_with_graphs_are_those_without(
         pieces = [graph for graph in CpuGraph.made if graph not in whole]
         assert len(pieces) == len(sizes) * (spec.config.num_hidden_layers + 1), "attention is not between graphs"
         actual = engine.decode(llm, asked, new_tokens)
-    dispatch._resolve.cache_clear()
     for (tokens, table), (expected_tokens, expected_table) in zip(actual, expected, strict=True):
         assert tokens == expected_tokens
         # Triton's attention divides its keys by how many there may be, which is more in a graph.
