@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         report["vllm"] = {str(n): engine.rate(n) for n in options.streams}
     report["steps"] = {str(n): engine.step_time(n) for n in contexts}
     report["prefill"] = {str(n): engine.prefill_rate(n) for n in contexts}
-    report["profile"] = {f"{n} streams": engine.profile(lambda n=n: engine.one_rate(n)) for n in options.streams}
+    report["profile"] = {f"{n} streams": engine.profile(partial(engine.one_rate, n)) for n in options.streams}
     decode = engine.decoding(longest)
     report["profile"][f"step at {longest}"] = engine.profile(decode)
     report["profile"][f"prefill of {longest}"] = engine.profile(lambda: engine.seconds(engine.fresh(1, longest), 1))
@@ -242,13 +243,6 @@ def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
 
         return call
 
-    resolve, known = dispatch._resolve, {}
-
-    def timed_resolve(op: str, device_type: str) -> Callable[..., Any]:
-        if op not in known:
-            known[op] = timing(op, resolve(op, device_type))
-        return known[op]
-
     def timed_replay(recording: Recording) -> None:
         for name, function, arguments in recording.calls:
             timing("torch" if name.startswith("aten") else name, function)(*arguments)
@@ -256,15 +250,15 @@ def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     replay = Recording.replay
     Recording.replay = timed_replay  # type: ignore[assignment, method-assign]
     modules = [m for m in model.modules() if isinstance(m, LinearBase)]
-    dispatch._resolve = timed_resolve  # type: ignore[assignment]
     for module in modules:
         module.forward = timing("linear", module.forward)
     forward = model.forward
     model.forward = timing("model", forward)
     try:
-        yield seconds
+        with dispatch.wrap(timing):
+            yield seconds
     finally:
-        dispatch._resolve, Recording.replay = resolve, replay  # type: ignore[method-assign]
+        Recording.replay = replay  # type: ignore[method-assign]
         del model.forward
         for module in modules:
             del module.forward

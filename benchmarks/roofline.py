@@ -2,14 +2,13 @@
 
 A benchmark is a list of `Case`s that it hands to `main`. Each case builds its inputs on the device several times over,
 so that no call finds what it reads in the L2; is compared with its reference; and is then timed inside a CUDA graph,
-with vLLM's kernels for the same work (`Peer`) timed beside it. The report, JSON and Markdown, holds for every case the
-time, the rates, the share of the roofline that was measured in the same run, and the peer's time; or why there is none.
+and so are vLLM's kernels for the same work (`Peer`). For every case the report, JSON and Markdown, has the time, the
+rates, the share of the roofline measured in the same run, and the peer's time, or the reason why one is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import json
@@ -19,22 +18,22 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_deepseek_v4flash.ops import dispatch
+import vllm_deepseek_v4flash.ops as ops
 
 from .report import Peaks, Report, Row, describe, first_line
 
 REPLAY_MS = 5.0
-"""A replay runs the calls as often as takes about this long, which hides the launch of the graph."""
+"""A replay repeats the calls for about this long, which hides the launch of the graph."""
 WARM_REPLAYS, REPLAYS = 2, 11
 L2_TIMES = 4
-"""The copies of a case's inputs are this many times as large as the L2 together."""
+"""Together the copies of a case's inputs are this many times as large as the L2."""
 MOST_COPIES = 512
 COPY_BYTES, MATMUL_SIZE = 1 << 30, 8192
 
@@ -42,7 +41,7 @@ Call = Callable[[], Any]
 
 
 class WrongResultError(AssertionError):
-    """A result is further from its reference than its bound allows."""
+    """A result differs from its reference by more than its bound."""
 
 
 class UnavailableError(Exception):
@@ -51,11 +50,11 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's kernel for the same work."""
+    """Another project's kernel for the same work."""
 
     name: str
     prepare: Callable[[], Work]
-    """Its calls and its own check; raises UnavailableError where it cannot run."""
+    """Its calls and its own check; UnavailableError if it cannot run."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ class Work:
     """A case that is ready to run."""
 
     calls: Sequence[Call]
-    """The same work, each on inputs of its own."""
+    """The same work, each on its own inputs."""
     check: Callable[[], str]
-    """Compares a call's result with the reference and says how near it is; raises WrongResultError."""
+    """Compares a call's result with the reference; returns the difference as text, or raises WrongResultError."""
     peers: Sequence[Peer] = ()
     note: str = ""
 
@@ -77,7 +76,7 @@ class Case:
     op: str
     label: str
     bytes: int
-    """What any implementation must read and write, once."""
+    """What every implementation must read and write, once."""
     flops: int
     build: Callable[[Bench], Work]
     aims: Sequence[Aim] = ()
@@ -87,19 +86,19 @@ class Case:
 class Aim:
     text: str
     met: Callable[[Row], bool | None]
-    """None where the row lacks what it takes to tell."""
+    """None if the row lacks the measurement."""
 
 
 @dataclass
 class Bench:
-    """Where cases are built. dry: a CPU, Triton's interpreter and tiny shapes; nothing is timed."""
+    """Where cases are built. dry: on a CPU with Triton's interpreter and tiny shapes; nothing is timed."""
 
     device: torch.device
     dry: bool
     l2_bytes: int = 0
     memory_bytes: int = 1 << 30
     store: dict[Any, Any] = field(default_factory=dict)
-    """What cases share, by whatever key they choose."""
+    """What cases share, by keys of their choice."""
 
     @classmethod
     def on(cls, device: torch.device) -> Bench:
@@ -131,7 +130,7 @@ def time_us(calls: Sequence[Call]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
-            # Kept for the round: results that took each other's memory would be overwritten in the L2.
+            # Kept for the round: results that share memory would be overwritten in the L2.
             kept = [call() for call in calls]
     del kept
     times = []
@@ -148,7 +147,7 @@ def measure_peaks(device: torch.device) -> Peaks:
     size = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     copied = time_us([lambda: target.copy_(source)])
-    # Random numbers, because a GPU that multiplies zeros draws less power and clocks higher.
+    # Random numbers: a GPU that multiplies zeros draws less power and clocks higher.
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     multiplied = time_us([lambda: torch.mm(a, b, out=out)])
@@ -156,7 +155,7 @@ def measure_peaks(device: torch.device) -> Peaks:
 
 
 def sampled(count: int, most: int = 8) -> list[int]:
-    """At most `most` of 0..count-1, evenly apart, the first and the last among them."""
+    """At most `most` of 0..count-1, evenly spaced, including the first and the last."""
     if count <= most:
         return list(range(count))
     return sorted({i * (count - 1) // (most - 1) for i in range(most)})
@@ -178,40 +177,17 @@ def compare(name: str, actual: torch.Tensor, expected: torch.Tensor, bound: floa
     return worst
 
 
-def twin_and_reference(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """An op's Triton kernel and its PyTorch reference; UnavailableError where there is no kernel."""
-    package = dispatch.__name__.rpartition(".")[0]
+def kernel_and_reference(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """An op's Triton kernel and its PyTorch reference; UnavailableError if there is no kernel."""
+    package = ops.__name__
     if importlib.util.find_spec(f"{package}.triton.{op}") is None:
         raise UnavailableError(f"{op} has no Triton kernel (ops/triton/{op}.py)")
-    twin, reference = (
-        getattr(importlib.import_module(f"{package}.{backend}.{op}"), op) for backend in ("triton", "reference")
-    )
-
-    def pure(*args: Any, **options: Any) -> Any:
-        with references_only():
-            return reference(*args, **options)
-
-    return twin, pure
-
-
-@contextlib.contextmanager
-def references_only() -> Iterator[None]:
-    """Every op runs its reference: references are made of other ops, which on a GPU would be the kernels under test."""
-    before = os.environ.get(dispatch.OPS_ENV)
-    os.environ[dispatch.OPS_ENV] = "reference"
-    dispatch._resolve.cache_clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[dispatch.OPS_ENV]
-        else:
-            os.environ[dispatch.OPS_ENV] = before
-        dispatch._resolve.cache_clear()
+    kernel, contract = (getattr(importlib.import_module(f"{package}{part}.{op}"), op) for part in (".triton", ""))
+    return kernel, contract.reference
 
 
 def run_case(case: Case, bench: Bench, peaks: Peaks | None, row: Row) -> None:
-    """Check the case, time it and its peers; whatever goes wrong is raised, but for a peer it is noted."""
+    """Check the case, time it and its peers. Errors are raised; those of peers are recorded in the row."""
     work = case.build(bench)
     row.note, row.copies = work.note, len(work.calls)
     row.checked = work.check()
@@ -236,7 +212,7 @@ def run_case(case: Case, bench: Bench, peaks: Peaks | None, row: Row) -> None:
 
 
 def _peer_us(peer: Peer, bench: Bench) -> float | str | None:
-    """Its time, why it has none, or None in a dry run."""
+    """The peer's time, the reason why there is none, or None in a dry run."""
     try:
         work = peer.prepare()
         work.check()
@@ -247,7 +223,7 @@ def _peer_us(peer: Peer, bench: Bench) -> float | str | None:
         return f"not timed, its result is wrong: {error}"
     except torch.cuda.OutOfMemoryError as error:
         return f"does not fit: {first_line(error)}"
-    except Exception as error:  # whatever another's kernel raises is the result, unless the device is lost with it
+    except Exception as error:  # whatever a peer raises is its result, unless the device is lost
         if not bench.dry:
             torch.cuda.synchronize()
         return f"raised {type(error).__name__}: {first_line(error)}"
@@ -266,7 +242,7 @@ def run(
     cases: Sequence[Case], bench: Bench, report: Report, *, budget: float | None, write: Callable[[], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
-    """Run the cases in order while `budget` seconds last, and write the report after each."""
+    """Run the cases in order for `budget` seconds, and write the report after each."""
     started = clock()
     slowest = 0.0
     stopped = ""
@@ -286,7 +262,7 @@ def run(
 
 
 def _attempt(case: Case, bench: Bench, report: Report) -> tuple[Row, str]:
-    """The row of a case, and why nothing can run after it if so."""
+    """The row of a case; and why nothing can run after it, or an empty text."""
     row = Row(case.op, case.label, case.bytes, case.flops)
     try:
         run_case(case, bench, report.peaks, row)
@@ -295,7 +271,7 @@ def _attempt(case: Case, bench: Bench, report: Report) -> tuple[Row, str]:
         row.reason = f"not run: {error}"
     except torch.cuda.OutOfMemoryError as error:
         row.reason = f"does not fit: {first_line(error)}"
-    except Exception as error:  # one case must not hide the others; it is reported, and the exit status is 1
+    except Exception as error:  # a failed case must not stop the others; it is reported, and the exit status is 1
         if not isinstance(error, WrongResultError):
             traceback.print_exc()
         kind = "" if isinstance(error, WrongResultError) else f"{type(error).__name__}: "
@@ -326,25 +302,25 @@ def main(arguments: Sequence[str], *, name: str, title: str, cases: Callable[[bo
 
     Args:
         name: of the report's files.
-        cases: given whether this is a dry run.
+        cases: called with whether this is a dry run.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="kernels, by name; default: all")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that may end later than this")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that may end later")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {name}.json and {name}.md there")
-    parser.add_argument("--commit", help="what the report calls the commit; default: ask git")
+    parser.add_argument("--commit", help="the commit in the report; default: from git")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, for the control flow alone")
     options = parser.parse_args(arguments)
     if options.dry_run:
         interpret()
     elif not torch.cuda.is_available():
-        parser.error(f"needs a CUDA device, and torch {torch.__version__} sees none; --dry-run goes without")
+        parser.error(f"needs a CUDA device, and torch {torch.__version__} sees none. --dry-run needs none")
     chosen = list(cases(options.dry_run))
     if options.only:
         names = sorted({case.op for case in chosen})
         unknown = sorted(set(options.only) - set(names))
         if unknown:
-            parser.error(f"no kernel {', '.join(unknown)}; there are: {', '.join(names)}")
+            parser.error(f"--only {' '.join(unknown)}: there is no such kernel. Use: {', '.join(names)}")
         chosen = [case for case in chosen if case.op in options.only]
     torch.manual_seed(0)
     bench = Bench.on(torch.device("cpu" if options.dry_run else "cuda"))
@@ -370,7 +346,7 @@ def main(arguments: Sequence[str], *, name: str, title: str, cases: Callable[[bo
 
 
 def interpret() -> None:
-    """Have Triton's interpreter run the kernels that are imported from now on, and compute bf16 as a GPU does."""
+    """Kernels that are imported later run in Triton's interpreter, which computes bf16 as a GPU does."""
     os.environ["TRITON_INTERPRET"] = "1"
     from testing.interpreter import correct
 

@@ -1,9 +1,9 @@
 """Puts a mistake into a function of the package while a model runs, and takes it out again.
 
 A mistake is written as the few characters of source that change. They are looked for in the function as
-`ast.unparse` prints it (one statement a line, single quotes, no comments), so a mistake survives reformatting
-and stops the test when the code that it alters is gone. The function keeps its identity and only its code is
-exchanged: whoever imported it, from wherever, runs the mistake.
+`ast.unparse` prints it (one statement a line, single quotes, no comments) without its docstring and decorators, so a
+mistake survives reformatting and stops the test when the code that it alters is gone. The function keeps its identity
+and only its code is exchanged: every caller runs the mistake. Of an op, it is the reference that changes.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class _Body(ast.NodeTransformer):
         if ".".join([*self.scope, node.name]) != self.path:
             return node
         self.found = True
+        node.decorator_list = []
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
         text = ast.unparse(node)
         for old, new in self.changes:
             if text.count(old) != 1:

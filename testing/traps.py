@@ -41,7 +41,7 @@ def _in(function: str, *changes: tuple[str, str]) -> Break:
 
 
 def _op(name: str, old: str, new: str, *, function: str | None = None) -> Break:
-    return _in(f"ops.reference.{name}:{function or name}", (old, new))
+    return _in(f"ops.{name}:{function or name}", (old, new))
 
 
 def _rope(
@@ -134,7 +134,7 @@ _PER_STREAM = (
     "    flat = (flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)).flatten(1)"
 )
 _FLAT_NORM = " * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)"
-_QUERY = "apply_rope(rms_norm(q, None, eps), cos_sin)"
+_QUERY = "apply_rope(rms_norm.reference(q, None, eps), cos_sin)"
 _BF16 = "F.linear(x.bfloat16(), weight.bfloat16()).float()"
 
 
@@ -166,15 +166,15 @@ ROPE = (
     _trap("compress_rope_theta 160000 whatever the config says", "clamp",
           _rope("rope_compressed", lambda _: 160000.0, _yarn)),
     _trap("half-split pairs", "topk",
-          _in("ops.reference.apply_rope:apply_rope",
+          _in("ops.apply_rope:apply_rope",
               ("unflatten(-1, (-1, 2)).unbind(-1)", "chunk(2, dim=-1)"),
               (_ROTATION, "torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1)"))),
     _trap("the first dimensions rotated", "topk",
-          _in("ops.reference.apply_rope:apply_rope",
+          _in("ops.apply_rope:apply_rope",
               ("x[..., -rope_dim:]", "x[..., :rope_dim]"),
               ("(x[..., :-rope_dim], rotated.to(x.dtype))", "(rotated.to(x.dtype), x[..., rope_dim:])"))),
     _trap("rotated the other way", "topk",
-          _in("ops.reference.apply_rope:apply_rope",
+          _in("ops.apply_rope:apply_rope",
               ("even * cos - odd * sin, even * sin + odd * cos", "even * cos + odd * sin, odd * cos - even * sin"))),
     _trap("angles in bf16", "mixed",
           _op("rope_table", "positions[:, None].float() * inv_freq",
@@ -187,8 +187,8 @@ ROPE = (
     _trap("entries rotated at the previous window's first token", "topk",
           _op("compress", "last - (ratio - 1)", "(last - (2 * ratio - 1)).clamp(min=0)")),
     _trap("entries not rotated", "streams3",
-          _op("compress", "apply_rope(rms_norm(pooled, norm_weight, eps), cos_sin)",
-              "rms_norm(pooled, norm_weight, eps)")),
+          _op("compress", "apply_rope(rms_norm.reference(pooled, norm_weight, eps), cos_sin)",
+              "rms_norm.reference(pooled, norm_weight, eps)")),
 )  # fmt: skip
 
 # 7, 8, 10, 12: what attention sees, and how.
@@ -228,7 +228,7 @@ ATTENTION = (
               "(scores - top[..., None]).bfloat16().exp().float()", function="_attend")),
     _trap("no norm of the query heads", "topk", _op("qnorm_rope_kv_insert", _QUERY, "apply_rope(q, cos_sin)")),
     _trap("query heads normed over their unrotated part", "topk",
-          _op("qnorm_rope_kv_insert", "rms_norm(q, None, eps)",
+          _op("qnorm_rope_kv_insert", "rms_norm.reference(q, None, eps)",
               "q * torch.rsqrt(q[..., :-cos_sin.shape[1]].square().mean(-1, keepdim=True) + eps)")),
     _trap("query heads normed with a weight", "topk",
           _in(f"{_ATTENTION}.attend", ("qnorm_rope_kv_insert(q, ", "qnorm_rope_kv_insert(self.kv_norm(q), "))),
@@ -245,7 +245,7 @@ ATTENTION = (
 # 9: the compressor.
 COMPRESSOR = (
     _trap("overlap halves swapped", "topk",
-          _in("ops.reference.compress:_pool",
+          _in("ops.compress:_pool",
               ("kv[:, :ratio, :dim], kv[:, ratio:, dim:]", _SWAPPED),
               ("gate[:, :ratio, :dim], gate[:, ratio:, dim:]", _SWAPPED.replace("kv", "gate")))),
     _trap("no previous window", "topk",
@@ -257,7 +257,7 @@ COMPRESSOR = (
     _trap("ape after the softmax", "streams3",
           _op("compress", "gate + ape[positions % ratio]", "gate"),
           _op("compress", "owner, ratio, overlap", "owner, (ratio, ape), overlap"),
-          _in("ops.reference.compress:_pool",
+          _in("ops.compress:_pool",
               ("span = 2", "ratio, ape = ratio\n    span = 2"),
               (_POOLED, "((gate.softmax(dim=1) + (torch.cat((ape[:, :dim], ape[:, dim:])) if overlap else ape)) * kv)"
                         ".sum(dim=1)"))),
@@ -274,7 +274,8 @@ COMPRESSOR = (
           chunked=True),
     _trap("softmax over channels", "streams3", _op("compress", "softmax(dim=1)", "softmax(dim=-1)", function="_pool")),
     _trap("entries not normed", "streams3",
-          _op("compress", "apply_rope(rms_norm(pooled, norm_weight, eps), cos_sin)", "apply_rope(pooled, cos_sin)")),
+          _op("compress", "apply_rope(rms_norm.reference(pooled, norm_weight, eps), cos_sin)",
+              "apply_rope(pooled, cos_sin)")),
     _trap("compressor projections and router in bf16", "mixed",
           _op("linear_fp32", "F.linear(x.float(), weight.float())", _BF16),
           _op("merged_linear", "F.linear(x.float(), weight.float())", _BF16)),
@@ -295,8 +296,8 @@ INDEXER = (
     _trap("invisible entries compete", "topk",
           _op("indexer_topk", _INDEX_VISIBLE, "(positions[part] + 1 + 8 * ratio) // ratio")),
     _trap("Hadamard on the queries only", "topk",
-          _in("ops.reference.indexer_topk:indexer_topk",
-              ("width = min(", "from ..hadamard import hadamard\n    width = min("),
+          _in("ops.indexer_topk:indexer_topk",
+              ("width = min(", "from .hadamard import hadamard\n    width = min("),
               ("apply_rope(q, cos_sin)", "hadamard(apply_rope(q, cos_sin))"))),
 )  # fmt: skip
 
@@ -306,16 +307,16 @@ STREAMS = (
     _trap("post is sigmoid + eps", "topk",
           _op("mhc_pre", "post = 2 * torch.sigmoid", "post = hc_eps + torch.sigmoid")),
     _trap("rows and columns exchanged in Sinkhorn", "streams3",
-          _in("ops.reference.mhc_pre:sinkhorn",
+          _in("ops.mhc_pre:sinkhorn",
               ("softmax(-1)", "softmax(-2)"),
               ("eps\n    " + _COLUMN, "eps\n    " + _ROW),
               (f":\n        {_ROW}\n        {_COLUMN}", f":\n        {_COLUMN}\n        {_ROW}"))),
     _trap("a row step right after the softmax", "streams3",
-          _in("ops.reference.mhc_pre:sinkhorn", ("eps\n    " + _COLUMN, f"eps\n    {_ROW}\n    {_COLUMN}"))),
+          _in("ops.mhc_pre:sinkhorn", ("eps\n    " + _COLUMN, f"eps\n    {_ROW}\n    {_COLUMN}"))),
     _trap("Sinkhorn ends on a row step", "streams3",
-          _in("ops.reference.mhc_pre:sinkhorn", ("    return", f"    {_ROW}\n    return"))),
+          _in("ops.mhc_pre:sinkhorn", ("    return", f"    {_ROW}\n    return"))),
     _trap("no column step with the softmax", "streams3",
-          _in("ops.reference.mhc_pre:sinkhorn", ("eps\n    " + _COLUMN, "eps"))),
+          _in("ops.mhc_pre:sinkhorn", ("eps\n    " + _COLUMN, "eps"))),
     _trap("one Sinkhorn step too few", "streams3", _op("mhc_pre", "iters - 1", "iters - 2", function="sinkhorn")),
     _trap("one Sinkhorn step too many", "streams3", _op("mhc_pre", "iters - 1", "iters", function="sinkhorn")),
     _trap("no eps after the softmax", "streams3",
@@ -323,7 +324,7 @@ STREAMS = (
     _trap("no eps in a row's sum", "streams3",
           _op("mhc_pre", _ROW, "comb = comb / comb.sum(-1, keepdim=True)", function="sinkhorn")),
     _trap("no eps in the columns' sums", "streams3",
-          _in("ops.reference.mhc_pre:sinkhorn",
+          _in("ops.mhc_pre:sinkhorn",
               ("eps\n    " + _COLUMN, "eps\n    comb = comb / comb.sum(-2, keepdim=True)"),
               ("        " + _COLUMN, "        comb = comb / comb.sum(-2, keepdim=True)"))),
     _trap("no eps on pre", "streams3", _op("mhc_pre", "base[:n]) + hc_eps", "base[:n])")),
@@ -332,7 +333,7 @@ STREAMS = (
     _trap("hc_eps in the streams' norm", "streams3",
           _op("mhc_pre", "mhc_mixes(streams, fn, norm_eps)", "mhc_mixes(streams, fn, hc_eps)")),
     _trap("each stream normed by itself", "topk",
-          _in("ops.reference.mhc_pre:mhc_mixes", (_FLAT_NORM, ""), (_FLAT, _PER_STREAM))),
+          _in("ops.mhc_pre:mhc_mixes", (_FLAT_NORM, ""), (_FLAT, _PER_STREAM))),
     _trap("streams not normed", "topk", _op("mhc_pre", _FLAT_NORM, "", function="mhc_mixes")),
     _trap("streams flattened channel by channel", "topk",
           _op("mhc_pre", "streams.flatten(1)", "streams.transpose(1, 2).flatten(1)", function="mhc_mixes")),
@@ -362,7 +363,7 @@ EXPERTS = (
     _trap("gate weights in fp8", "topk", _parameters("gate.weight", lambda w: w.to(torch.float8_e4m3fn).to(w.dtype))),
     _trap("gate clamped from both sides", "clamp", _op("swiglu", "clamp(max=limit)", "clamp(-limit, limit)")),
     _trap("gate clamped after silu", "clamp",
-          _in("ops.reference.swiglu:swiglu",
+          _in("ops.swiglu:swiglu",
               ("gate = gate.clamp(max=limit)", "pass"), ("F.silu(gate)", "F.silu(gate).clamp(max=limit)"))),
     _trap("up clamped from above only", "clamp", _op("swiglu", "up.clamp(-limit, limit)", "up.clamp(max=limit)")),
     _trap("routed experts not clamped", "clamp", _setting("RoutedExperts", "limit", None)),
@@ -380,17 +381,17 @@ HARMLESS = (
           _in("layers.indexer:Indexer.forward", ("(self.dim * self.heads) ** (-0.5)", "1.0"))),
     # The transform is orthonormal: without rounding to 4 bits the scores are the same.
     _trap("Hadamard on queries and keys", "topk",
-          _in("ops.reference.indexer_topk:indexer_topk",
-              ("width = min(", "from ..hadamard import hadamard\n    width = min("),
+          _in("ops.indexer_topk:indexer_topk",
+              ("width = min(", "from .hadamard import hadamard\n    width = min("),
               ("apply_rope(q, cos_sin)", "hadamard(apply_rope(q, cos_sin))"),
               ("keys = read_rows(entries", "keys = hadamard(read_rows(entries"),
               ("0)), visible)", "0)), visible))"))),
     # A rotation keeps the norm of the whole head.
     _trap("query heads normed after the rotation", "topk",
-          _op("qnorm_rope_kv_insert", _QUERY, "rms_norm(apply_rope(q, cos_sin), None, eps)")),
+          _op("qnorm_rope_kv_insert", _QUERY, "rms_norm.reference(apply_rope(q, cos_sin), None, eps)")),
     # w2 is linear; only rounding to 16 bits would tell.
     _trap("routing weight after w2", "topk",
-          _in("ops.reference.fused_experts:sum_over_experts",
-              (" * topk_weights[token, slot, None]", ""),
-              ("expert).float()", "expert).float() * topk_weights[token, slot, None]"))),
+          _in("ops.fused_experts:fused_experts",
+              ("swiglu_limit) * weights", "swiglu_limit)"),
+              ("w2[index].to(x.dtype))", "w2[index].to(x.dtype)).float() * weights"))),
 )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -23,17 +22,6 @@ _FUNCTIONS = (
 
 
 @contextlib.contextmanager
-def reference_ops() -> Iterator[None]:
-    """Run the ops in PyTorch, whose functions tests can change; Numba's kernels are machine code."""
-    with mock.patch.dict(os.environ, {dispatch.OPS_ENV: "reference"}):
-        dispatch._resolve.cache_clear()
-        try:
-            yield
-        finally:
-            dispatch._resolve.cache_clear()
-
-
-@contextlib.contextmanager
 def rounding_once() -> Iterator[None]:
     """Compute these functions in fp64 and round their results to fp32, in PyTorch's ops.
 
@@ -46,7 +34,7 @@ def rounding_once() -> Iterator[None]:
         layer.cpu_linear = F.linear
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(reference_ops())
+        patches.enter_context(dispatch.use("reference"))
         for owner, names in _FUNCTIONS:
             for name in names:
                 patches.enter_context(mock.patch.object(owner, name, _in_double(getattr(owner, name))))

@@ -2,7 +2,7 @@
 
 # A compressor that pools only what the step itself brought: states of earlier steps are read as zeros.
 FORGET_STATES = (
-    "ops.reference.compress:compress",
+    "ops.compress:compress",
     (
         "pooled = _pool(",
         """

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from testing.ops.numeric import FUNCTION, U32, U, assert_exact, assert_within, f64
+from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes, dequantise
 
@@ -240,8 +241,10 @@ def test_asked_for_by_name_they_refuse_what_they_cannot_compute(make, monkeypatc
     assert [problem.run(), problem.run()] == ["Triton's"] * 2
     assert len(told) == 1
     assert "csrc/'s cannot compute activations in torch.float16" in told[0]
-    monkeypatch.setenv("VLLM_DEEPSEEK_V4FLASH_OPS", "cuda")
-    with pytest.raises(ValueError, match=r"OPS=cuda: csrc/'s experts cannot compute activations in torch\.float16"):
+    with (
+        dispatch.use("cuda"),
+        pytest.raises(ValueError, match=r"OPS=cuda: csrc/'s experts cannot compute activations in torch\.float16"),
+    ):
         problem.run()
 
 

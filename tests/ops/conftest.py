@@ -13,38 +13,31 @@ import vllm_deepseek_v4flash.ops as ops
 from vllm_deepseek_v4flash.ops import dispatch
 
 
-def files(backend):
-    return {path.stem for path in (Path(ops.__file__).parent / backend).glob("*.py")} - {"__init__"}
-
-
 def need_interpreter():
     """Skip on a machine with a GPU, for which Triton compiles: there the tests marked `gpu` take its place."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled here: pytest -m gpu runs them, TRITON_INTERPRET=1 interprets them")
 
 
-TWINS = files("triton")
-ON_CPU = files("cpu") & files("reference")
-
-
 def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".test_")[2]
-        twins = ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)] if op in TWINS else []
-        compiled = ["cpu"] if op in ON_CPU else []
-        metafunc.parametrize("implementation", ["reference", *compiled, *twins], indirect=True)
+        found = {path.parent.name for path in Path(ops.__file__).parent.glob(f"*/{op}.py")}
+        cases = ["reference", *(backend for backend in ("cpu", "torch") if backend in found)]
+        if "triton" in found:
+            cases.append("interpreted")
+        if {"triton", "torch"} & found:
+            cases.append(pytest.param("cuda", marks=pytest.mark.gpu))
+        metafunc.parametrize("implementation", cases, indirect=True)
 
 
 @pytest.fixture
-def implementation(request, monkeypatch):
-    """Which implementation of the tested op runs: `reference`, `cpu`, `interpreted` or `cuda`."""
+def implementation(request):
+    """Which implementation of the tested op runs: `reference`, `cpu`, `torch`, `interpreted` or `cuda`."""
     if request.param == "interpreted":
         need_interpreter()
-    choice = request.param if request.param in ("reference", "cpu") else "triton"
-    monkeypatch.setenv(dispatch.OPS_ENV, choice)
-    dispatch._resolve.cache_clear()
-    yield request.param
-    dispatch._resolve.cache_clear()
+    with dispatch.use({"interpreted": "triton", "cuda": "triton"}.get(request.param, request.param)):
+        yield request.param
 
 
 @pytest.fixture

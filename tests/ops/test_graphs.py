@@ -29,13 +29,11 @@ DTYPES = {"reference": torch.float32, "interpreted": torch.float32, "cuda": torc
 
 
 @pytest.fixture(params=["reference", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def backend(request, monkeypatch):
+def backend(request):
     if request.param == "interpreted" and torch.cuda.is_available():
         pytest.skip("Triton is compiled in this process")
-    monkeypatch.setenv(dispatch.OPS_ENV, "reference" if request.param == "reference" else "triton")
-    dispatch._resolve.cache_clear()
-    yield request.param
-    dispatch._resolve.cache_clear()
+    with dispatch.use("reference" if request.param == "reference" else "triton"):
+        yield request.param
 
 
 @pytest.fixture

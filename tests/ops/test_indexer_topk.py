@@ -311,8 +311,8 @@ def test_four_bit_queries_are_transformed_and_rounded_like_the_keys(device, rng)
 @pytest.mark.parametrize("workspace", [1, 300, 5000])
 def test_small_workspaces_select_the_same(implementation, monkeypatch, device, rng, fmt, workspace):
     """Tokens come in chunks: of one, of several but not all, and with requests that chunks and blocks divide."""
-    package = implementation if implementation in ("reference", "cpu") else "triton"
-    monkeypatch.setattr(importlib.import_module(f"{PACKAGE}.{package}.indexer_topk"), "_WORKSPACE", workspace)
+    package = {"reference": "", "cpu": ".cpu"}.get(implementation, ".triton")
+    monkeypatch.setattr(importlib.import_module(f"{PACKAGE}{package}.indexer_topk"), "_WORKSPACE", workspace)
     cache, keys, q, weights = exact_problem(fmt, rng, device, [20, 14, 17], 11)
     request, options = sorted(t % 3 for t in range(11)), {"ratio": 4, "topk": 6, "max_entries": 20}
     positions = [4 * len(keys[r]) - 1 - 3 * t for t, r in enumerate(request)]

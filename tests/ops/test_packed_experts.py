@@ -8,10 +8,10 @@ import torch
 
 from testing.ops.numeric import FUNCTION, U, assert_exact, assert_within, f64, normal
 from testing.ops.packed_weights import SCHEMES, check_experts, dense, experts_in_fp64, random_weight, scheme_of, stacked
+from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.packed_experts import packed_experts
+from vllm_deepseek_v4flash.ops.packed_linear import packed_linear
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes, dequantise, shard_scheme
-from vllm_deepseek_v4flash.ops.reference import packed_experts as packed_experts_reference
-from vllm_deepseek_v4flash.ops.reference.packed_linear import packed_linear
 from vllm_deepseek_v4flash.ops.swiglu import swiglu
 
 IDENTITY = Scheme("int4", 32, scale_dtype=torch.bfloat16)
@@ -212,7 +212,7 @@ def test_the_shared_expert_along_is_the_shared_expert_apart(device, rng, impleme
     all_ids = torch.nn.functional.pad(ids, (0, 1), value=4)
     along = ours(x, all_weights, all_ids)
     ours.check(along, x, all_weights, all_ids)
-    if implementation != "reference":
+    if implementation not in ("reference", "torch"):
         return
     w13, w2 = ({name: t[4] for name, t in w.items()} for w in (ours.w13, ours.w2))
     gate, up = (packed_linear(x, {name: t[i] for name, t in w13.items()}, ours.scheme13) for i in (0, 1))
@@ -272,24 +272,26 @@ def test_strided_tokens(device, rng):
     assert torch.equal(ours(wide[:, 1:65], weights, ids), ours(x, weights, ids))
 
 
-def test_only_routed_experts_are_unpacked(monkeypatch):
+@pytest.mark.parametrize("module", ["packed_linear", "torch.packed_linear"])
+def test_only_routed_experts_are_unpacked(module, monkeypatch):
     scheme, num = SCHEMES["int4-g32"], 8
     w13 = {n: t.expand(num, 2, *t.shape) for n, t in random_weight(scheme, 64, 64).items()}
     w2 = {n: t.expand(num, *t.shape) for n, t in random_weight(scheme, 64, 64).items()}
     calls = []
 
-    def counted(x, weight, scheme):
+    def counted(weight, scheme):
         calls.append(weight["qweight"].data_ptr())
-        return packed_linear(x, weight, scheme)
+        return dequantise(weight, scheme)
 
-    monkeypatch.setattr(packed_experts_reference, "packed_linear", counted)
+    monkeypatch.setattr(f"vllm_deepseek_v4flash.ops.{module}.dequantise", counted)
     ids = torch.tensor([[5, 1]])
-    packed_experts(torch.randn(1, 64), w13, w2, scheme, scheme, torch.rand(1, 2), ids, swiglu_limit=10.0)
+    with dispatch.use("torch" if "torch" in module else "reference"):
+        packed_experts(torch.randn(1, 64), w13, w2, scheme, scheme, torch.rand(1, 2), ids, swiglu_limit=10.0)
     assert len(calls) == 3 * 2  # w1, w3 and w2 of two experts of eight
 
 
 def test_weights_that_no_kernel_reads_are_named(device, rng, implementation):
-    if implementation == "reference":
+    if implementation in ("reference", "torch"):
         pytest.skip("PyTorch reads them all")
     ours = experts("int4-g32", device)
     x, weights, ids = routed(rng, device)

@@ -9,7 +9,7 @@ from testing.ops.numeric import U32, assert_exact, assert_within, f64, normal
 from testing.ops.packed_weights import SCHEMES, random_weight, scheme_of
 from vllm_deepseek_v4flash.ops.packed_linear import packed_linear
 from vllm_deepseek_v4flash.ops.packed_weight import dequantise
-from vllm_deepseek_v4flash.ops.reference import packed_linear as packed_linear_reference
+from vllm_deepseek_v4flash.ops.torch import packed_linear as in_blocks
 
 N = 24
 
@@ -83,17 +83,15 @@ def test_groups_that_do_not_divide_the_rows_are_named(device):
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "fp8"])
-def test_row_blocks_of_the_reference_change_nothing(name, monkeypatch):
+@pytest.mark.parametrize("shape", [(4, 128), (4, 3, 128)], ids=str)
+def test_blocks_of_rows_change_nothing(name, shape, monkeypatch):
     scheme = SCHEMES[name]
-    weight, x = random_weight(scheme, 300, 128), torch.randn(4, 128)
-    whole = packed_linear_reference.packed_linear(x, weight, scheme)
-    monkeypatch.setattr(packed_linear_reference, "_WORKSPACE", 1)
+    weight, x = random_weight(scheme, 300, 128), torch.randn(shape)
+    whole = in_blocks.packed_linear(x, weight, scheme)
+    monkeypatch.setattr(in_blocks, "_WORKSPACE", 1)
     # Each output is one dot product, whichever block it is in; a GEMM may order its sum differently by shape.
     torch.testing.assert_close(
-        packed_linear_reference.packed_linear(x, weight, scheme),
-        whole,
-        rtol=0,
-        atol=128 * U32 * float(whole.abs().max()),
+        in_blocks.packed_linear(x, weight, scheme), whole, rtol=0, atol=128 * U32 * float(whole.abs().max())
     )
 
 

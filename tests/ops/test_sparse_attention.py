@@ -277,7 +277,7 @@ def test_queries_may_be_strided(device, rng):
 @pytest.mark.parametrize("workspace", [1, 3000])
 @pytest.mark.parametrize("listed", [True, False])
 def test_reference_in_small_chunks_is_the_same(monkeypatch, rng, workspace, listed):
-    reference = importlib.import_module("vllm_deepseek_v4flash.ops.reference.sparse_attention")
+    reference = importlib.import_module("vllm_deepseek_v4flash.ops.sparse_attention")
     monkeypatch.setattr(reference, "_WORKSPACE", workspace)
     problem = Problem(rng, torch.device("cpu"), lengths=LENGTHS, asked=ASKED, ratio=4)
     problem.check(7, [[t % 3, 4, -1] for t in range(len(ASKED))] if listed else None)

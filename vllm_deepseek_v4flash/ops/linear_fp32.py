@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .checks import check_shape
-from .dispatch import implementation
+from .dispatch import op
 
 
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    check_shape("weight", weight, (None, x.shape[-1]))
+
+
+@op(_check)
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`fp32(x) @ fp32(weight).T` without rounding the result to the model's dtype.
 
@@ -18,5 +24,4 @@ def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         [T, N] fp32.
     """
-    check_shape("weight", weight, (None, x.shape[-1]))
-    return implementation("linear_fp32", x.device)(x, weight)
+    return F.linear(x.float(), weight.float())

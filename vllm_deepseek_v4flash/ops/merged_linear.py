@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from .checks import check_shape
-from .dispatch import implementation
+from .dispatch import op
+from .linear_fp32 import linear_fp32
 
 
+def _check(x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+    check_shape("weight", weight, (sum(sizes), x.shape[-1]))
+    if len(sizes) != len(dtypes):
+        raise ValueError(f"sizes has {len(sizes)} parts, dtypes {len(dtypes)}: every part needs a dtype")
+
+
+@op(_check)
 def merged_linear(
     x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> list[torch.Tensor]:
@@ -22,9 +30,7 @@ def merged_linear(
         dtypes: of each part: that of `x`, or fp32.
 
     Returns:
-        [T, N_i] each; rows are contiguous, and may be strided.
+        [T, N_i] each; values of a row are contiguous, rows may be strided.
     """
-    check_shape("weight", weight, (sum(sizes), x.shape[-1]))
-    if len(sizes) != len(dtypes):
-        raise ValueError(f"sizes has {len(sizes)} parts, dtypes {len(dtypes)}: every part needs a dtype")
-    return implementation("merged_linear", x.device)(x, weight, sizes, dtypes)
+    parts = linear_fp32.reference(x, weight).split(list(sizes), dim=-1)
+    return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]

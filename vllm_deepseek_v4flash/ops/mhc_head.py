@@ -5,9 +5,19 @@ from __future__ import annotations
 import torch
 
 from .checks import check_dtype, check_shape
-from .dispatch import implementation
+from .dispatch import op
+from .mhc_pre import mhc_mixes
 
 
+def _check(streams: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor) -> None:
+    _, n, hidden = streams.shape
+    check_shape("fn", fn, (n, n * hidden))
+    check_shape("scale", scale, (1,))
+    check_shape("base", base, (n,))
+    check_dtype(torch.float32, fn=fn, scale=scale, base=base)
+
+
+@op(_check)
 def mhc_head(
     streams: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, *, norm_eps: float, hc_eps: float
 ) -> torch.Tensor:
@@ -22,10 +32,5 @@ def mhc_head(
     Returns:
         [T, H], the dtype of `streams`.
     """
-    _, n, hidden = streams.shape
-    check_shape("fn", fn, (n, n * hidden))
-    check_shape("scale", scale, (1,))
-    check_shape("base", base, (n,))
-    for name, tensor in (("fn", fn), ("scale", scale), ("base", base)):
-        check_dtype(name, tensor, torch.float32)
-    return implementation("mhc_head", streams.device)(streams, fn, scale, base, norm_eps=norm_eps, hc_eps=hc_eps)
+    pre = torch.sigmoid(mhc_mixes(streams, fn, norm_eps) * scale + base) + hc_eps
+    return (pre[..., None] * streams.float()).sum(1).to(streams.dtype)

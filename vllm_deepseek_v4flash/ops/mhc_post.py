@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 
 from .checks import check_dtype, check_shape
-from .dispatch import implementation
+from .dispatch import op
 
 
+def check_mhc_post(x: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> None:
+    num_tokens, n, hidden = streams.shape
+    check_shape("x", x, (num_tokens, hidden))
+    check_shape("post", post, (num_tokens, n))
+    check_shape("comb", comb, (num_tokens, n, n))
+    check_dtype(torch.float32, post=post, comb=comb)
+
+
+@op(check_mhc_post)
 def mhc_post(x: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """`streams'[k] = post[k] x + sum_j comb[j, k] streams[j]`, in fp32, cast once.
 
@@ -20,10 +29,5 @@ def mhc_post(x: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: t
     Returns:
         [T, n, H], the dtype of `streams`.
     """
-    num_tokens, n, hidden = streams.shape
-    check_shape("x", x, (num_tokens, hidden))
-    check_shape("post", post, (num_tokens, n))
-    check_shape("comb", comb, (num_tokens, n, n))
-    check_dtype("post", post, torch.float32)
-    check_dtype("comb", comb, torch.float32)
-    return implementation("mhc_post", streams.device)(x, streams, post, comb)
+    mixed = torch.einsum("tjk,tjh->tkh", comb, streams.float())
+    return (post[..., None] * x[:, None].float() + mixed).to(streams.dtype)

@@ -7,10 +7,19 @@ from collections.abc import Mapping
 import torch
 
 from .checks import check_shape
-from .dispatch import implementation
+from .dispatch import op
+from .fused_experts import sum_over_experts
+from .packed_linear import packed_linear
 from .packed_weight import Scheme
+from .swiglu import swiglu
 
 
+def _check(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    check_shape("topk_weights", topk_weights, (x.shape[0], None))
+    check_shape("topk_ids", topk_ids, topk_weights.shape)
+
+
+@op(_check)
 def packed_experts(
     x: torch.Tensor,
     w13: Mapping[str, torch.Tensor],
@@ -29,7 +38,7 @@ def packed_experts(
         x: [T, H], floating.
         w13: canonical tensors of w1 and w3 of the E experts held here, each [E, 2, ...] (`ops/packed_weight.py`).
         w2: canonical tensors of w2, each [E, ...].
-        scheme13, scheme2: how they are to be read.
+        scheme13, scheme2: how they are packed.
         topk_weights: [T, K] fp32. topk_ids: [T, K] integer, global expert indices.
         swiglu_limit: the clamp, or None.
         first_expert: global index of the first expert held here.
@@ -37,8 +46,11 @@ def packed_experts(
     Returns:
         [T, H] fp32.
     """
-    check_shape("topk_weights", topk_weights, (x.shape[0], None))
-    check_shape("topk_ids", topk_ids, tuple(topk_weights.shape))
-    return implementation("packed_experts", x.device)(
-        x, w13, w2, scheme13, scheme2, topk_weights, topk_ids, swiglu_limit=swiglu_limit, first_expert=first_expert
-    )
+
+    def expert(rows: torch.Tensor, weights: torch.Tensor, index: int) -> torch.Tensor:
+        w1, w3 = ({name: t[index, half] for name, t in w13.items()} for half in (0, 1))
+        gate, up = (packed_linear.reference(rows, w, scheme13) for w in (w1, w3))
+        activation = swiglu.reference(gate, up, swiglu_limit) * weights
+        return packed_linear.reference(activation.to(x.dtype), {name: t[index] for name, t in w2.items()}, scheme2)
+
+    return sum_over_experts(x, expert, w2["qweight"].shape[0], topk_weights, topk_ids, first_expert)

@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
-from .dispatch import implementation
-from .packed_weight import Scheme
+from .dispatch import op
+from .packed_weight import Scheme, dequantise
 
 
+def _check(x: torch.Tensor, weight: Mapping[str, torch.Tensor]) -> None:
+    rows = weight["qweight"].shape[0]
+    if x.ndim == 3 and rows % x.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} groups, which do not divide the weight's {rows} rows")
+
+
+@op(_check)
 def packed_linear(x: torch.Tensor, weight: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """`x @ W.T` with W dequantised to the dtype of `x` on the way; W itself stays packed.
 
     Args:
-        x: [T, K], floating; or [T, G, K], when group g meets the g-th of G equal row blocks of W only.
+        x: [T, K], floating; or [T, G, K], where group g is multiplied by the g-th of G equal row blocks of W only.
         weight: the canonical tensors of W [N, K] (`ops/packed_weight.py`).
-        scheme: how they are to be read.
+        scheme: how W is packed.
 
     Returns:
         [T, N], or [T, G, N / G]; the dtype of `x`.
     """
-    rows = weight["qweight"].shape[0]
-    if x.ndim == 3 and rows % x.shape[1]:
-        raise ValueError(f"x has {x.shape[1]} groups, which do not divide the weight's {rows} rows")
-    return implementation("packed_linear", x.device)(x, weight, scheme)
+    values = dequantise(weight, scheme).to(x.dtype)
+    if x.ndim == 2:
+        return F.linear(x, values)
+    return torch.einsum("tgk,gnk->tgn", x, values.unflatten(0, (x.shape[1], -1)))

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from .apply_rope import apply_rope
 from .checks import check_cos_sin, check_shape
-from .dispatch import implementation
-from .rows import PagedRows
+from .dispatch import op
+from .rms_norm import rms_norm
+from .rows import PagedRows, write_rows
 
 
+def _check(q: torch.Tensor, kv: torch.Tensor, cos_sin: torch.Tensor, slots: torch.Tensor) -> None:
+    num_tokens, _, head_dim = q.shape
+    check_shape("kv", kv, (num_tokens, head_dim))
+    check_cos_sin(cos_sin, num_tokens, head_dim)
+    check_shape("slots", slots, (num_tokens,))
+
+
+@op(_check)
 def qnorm_rope_kv_insert(
     q: torch.Tensor, kv: torch.Tensor, cos_sin: torch.Tensor, window: PagedRows, slots: torch.Tensor, *, eps: float
 ) -> torch.Tensor:
@@ -24,8 +34,6 @@ def qnorm_rope_kv_insert(
     Returns:
         [T, H, D], the dtype of `q`.
     """
-    num_tokens, _, head_dim = q.shape
-    check_shape("kv", kv, (num_tokens, head_dim))
-    check_cos_sin(cos_sin, num_tokens, head_dim)
-    check_shape("slots", slots, (num_tokens,))
-    return implementation("qnorm_rope_kv_insert", q.device)(q, kv, cos_sin, window, slots, eps=eps)
+    rows = window.rows_per_page
+    write_rows(window, slots.div(rows, rounding_mode="floor"), slots % rows, apply_rope(kv, cos_sin))
+    return apply_rope(rms_norm.reference(q, None, eps), cos_sin)

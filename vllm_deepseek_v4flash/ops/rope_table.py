@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import implementation
+from .dispatch import op
 
 
+@op()
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     """The table that `apply_rope` takes: angles are the fp32 products that V4 was trained with.
 
@@ -17,4 +18,5 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     Returns:
         [T, R] fp32: cosines, then sines.
     """
-    return implementation("rope_table", positions.device)(positions, inv_freq)
+    angles = positions[:, None].float() * inv_freq
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .checks import check_dtype, check_shape
-from .dispatch import implementation
+from .dispatch import op
 
 
+def _check(logits: torch.Tensor, topk: int, bias: torch.Tensor | None, expert_ids: torch.Tensor | None) -> None:
+    check_dtype(torch.float32, logits=logits)
+    num_tokens, num_experts = logits.shape
+    if not 0 < topk <= num_experts:
+        raise ValueError(f"topk must be in 1..{num_experts} (the experts), got {topk}")
+    if expert_ids is not None:
+        check_shape("expert_ids", expert_ids, (num_tokens, topk))
+    if bias is not None:
+        check_shape("bias", bias, (num_experts,))
+
+
+@op(_check)
 def route(
     logits: torch.Tensor,
     topk: int,
@@ -18,7 +31,7 @@ def route(
     renormalize: bool = True,
     shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose `topk` experts per token and weigh them.
+    """Choose `topk` experts per token and weight them.
 
     Scores are `sqrt(softplus(logits))`. The bias takes part in the choice only; weights come from the scores without
     it, divided by their sum and multiplied by `scaling`, in hash layers too. Equal biased scores go to the smaller
@@ -37,13 +50,16 @@ def route(
     Returns:
         weights [T, K] fp32 and expert indices [T, K] int64; K is topk, or with `shared` one more.
     """
-    check_dtype("logits", logits, torch.float32)
-    if not 0 < topk <= logits.shape[1]:
-        raise ValueError(f"topk must be in 1..{logits.shape[1]} (the experts), got {topk}")
-    if expert_ids is not None:
-        check_shape("expert_ids", expert_ids, (logits.shape[0], topk))
-    if bias is not None:
-        check_shape("bias", bias, (logits.shape[1],))
-    return implementation("route", logits.device)(
-        logits, topk, bias=bias, expert_ids=expert_ids, scaling=scaling, renormalize=renormalize, shared=shared
-    )
+    scores = F.softplus(logits).sqrt()
+    if expert_ids is None:
+        choice = scores if bias is None else scores + bias.float()
+        # A stable sort rather than topk: torch.topk leaves the order of ties open.
+        expert_ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+    expert_ids = expert_ids.long()
+    weights = scores.gather(1, expert_ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * scaling
+    if shared:
+        weights, expert_ids = F.pad(weights, (0, 1), value=1.0), F.pad(expert_ids, (0, 1), value=logits.shape[1])
+    return weights, expert_ids

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .checks import check_shape
-from .dispatch import implementation
+from .dispatch import op
 
 
+def _check(gate: torch.Tensor, up: torch.Tensor) -> None:
+    check_shape("up", up, gate.shape)
+
+
+@op(_check)
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
     """`silu(min(gate, limit)) * clamp(up, -limit, limit)` in fp32: the gate is clamped from above only.
 
@@ -16,7 +22,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.T
         limit: the clamp, or None for none.
 
     Returns:
-        [..., I] fp32, for the caller to weigh before it rounds.
+        [..., I] fp32, for the caller to weight before it rounds.
     """
-    check_shape("up", up, tuple(gate.shape))
-    return implementation("swiglu", gate.device)(gate, up, limit)
+    gate, up = gate.float(), up.float()
+    if limit is not None:
+        gate = gate.clamp(max=limit)
+        up = up.clamp(-limit, limit)
+    return F.silu(gate) * up

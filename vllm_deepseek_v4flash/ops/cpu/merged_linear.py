@@ -22,7 +22,9 @@ def merged_linear(
         return first + merged_linear(x, weight[head:], sizes[PARTS:], dtypes[PARTS:])
     num_tokens, width = x.shape
     x, weight = packed(x, weight)
-    results, parts, tiles = [], [], 0
+    results: list[torch.Tensor] = []
+    parts: list[int] = []
+    tiles = 0
     for size, dtype in zip(sizes, dtypes, strict=True):
         result = torch.empty((num_tokens, size), dtype=dtype)
         results.append(result)

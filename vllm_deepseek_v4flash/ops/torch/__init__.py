@@ -1,4 +1,5 @@
-"""The ops that run in production through PyTorch: cuBLAS multiplies on a GPU, oneDNN on a CPU without Numba.
+"""What runs in production through PyTorch: on a GPU the products that cuBLAS computes best, on a CPU the ops that have
+no kernel.
 
-The references compute in fp32 and copy what they need; these are as fast as PyTorch allows.
+References are written to be read and compute in fp32; these are as fast, and need as little memory, as PyTorch allows.
 """

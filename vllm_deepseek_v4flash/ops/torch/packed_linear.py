@@ -7,19 +7,17 @@ import torch.nn.functional as F
 
 from ..packed_weight import FP8_BLOCK, Scheme, dequantise
 
-_WORKSPACE = 1 << 22  # fp32 values dequantised at once; a multiple of FP8_BLOCK rows is taken
+_WORKSPACE = 1 << 22  # fp32 values dequantised at once, in whole blocks of FP8_BLOCK rows
 
 
 def packed_linear(x: torch.Tensor, weight: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     if x.ndim == 2:
-        parts = [F.linear(x, block.to(x.dtype)) for block in row_blocks(weight, scheme)]
-        return torch.cat(parts, dim=-1)
-    whole = torch.cat([block.to(x.dtype) for block in row_blocks(weight, scheme)])
-    grouped = whole.unflatten(0, (x.shape[1], -1))
-    return torch.bmm(x.transpose(0, 1), grouped.transpose(1, 2)).transpose(0, 1)
+        return torch.cat([F.linear(x, rows.to(x.dtype)) for rows in _row_blocks(weight, scheme)], dim=-1)
+    by_group = torch.cat([rows.to(x.dtype) for rows in _row_blocks(weight, scheme)]).unflatten(0, (x.shape[1], -1))
+    return torch.bmm(x.transpose(0, 1), by_group.transpose(1, 2)).transpose(0, 1)
 
 
-def row_blocks(weight: Mapping[str, torch.Tensor], scheme: Scheme) -> Iterator[torch.Tensor]:
+def _row_blocks(weight: Mapping[str, torch.Tensor], scheme: Scheme) -> Iterator[torch.Tensor]:
     """The dequantised weight [N, K] fp32, a bounded number of rows at a time."""
     rows = weight["qweight"].shape[0]
     columns = weight["qweight"].shape[1] * (1 if scheme.kind == "fp8" else 2)
