@@ -103,7 +103,7 @@ def test_a_small_run(tmp_path):
         assert all(value > 0 for value in report[part].values())
     for shares in report["profile"].values():
         assert sum(shares.values()) == pytest.approx(1)
-        assert {"mhc_post_pre", "linears", "vLLM"} < shares.keys()
+        assert {"mhc_post_pre", "merged_linear", "vLLM"} < shares.keys()
     assert "indexer_topk" in report["profile"]["step at 512"]
     written = document.read_text()
     assert written.startswith("About.\n")

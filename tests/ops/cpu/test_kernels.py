@@ -15,7 +15,7 @@ from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops.cpu import arithmetic, compiling, memory, paged, threads
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
 from vllm_deepseek_v4flash.ops.indexer_topk import indexer_topk
-from vllm_deepseek_v4flash.ops.linears import linears
+from vllm_deepseek_v4flash.ops.merged_linear import merged_linear
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention
 
@@ -114,7 +114,7 @@ def test_a_row_of_a_product_is_the_same_in_any_batch(rng):
 
     def run(rows):
         routed = fused_experts(x[rows], w13, w2, weights[rows], ids[rows], swiglu_limit=1.0)
-        return *linears(x[rows], [w13[0], w2[0].T], [torch.float32] * 2), routed
+        return *merged_linear(x[rows], torch.cat((w13[0], w2[0].T)), [26, 13], [torch.float32] * 2), routed
 
     whole = run(slice(None))
     for rows in (slice(0, 1), slice(3, 8), slice(60, 70)):

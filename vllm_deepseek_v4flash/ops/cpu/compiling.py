@@ -22,9 +22,6 @@ CACHE_ENV = "NUMBA_CACHE_DIR"
 CACHE_FIELDS = 8
 Cache = tuple[int, ...]
 """A paged cache as kernels take it; `paged.cache` makes it."""
-MATRICES = 8
-Matrices = tuple[int, ...]
-"""Up to MATRICES weights as kernels take them, five numbers each; `linears` makes it."""
 PARTS = 8
 Parts = tuple[int, ...]
 """Up to PARTS parts of a result as kernels take them: columns, address, dtype; `merged_linear` makes it."""
@@ -40,7 +37,6 @@ _TYPES = {
     "bool": types.boolean,
     "None": types.void,
     "Cache": types.UniTuple(types.int64, CACHE_FIELDS),
-    "Matrices": types.UniTuple(types.int64, 5 * MATRICES),
     "Parts": types.UniTuple(types.int64, 3 * PARTS),
 }
 # Sums may be reordered, which vectorises them, and products fused; NaN and infinities keep their meaning.
