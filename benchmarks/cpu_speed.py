@@ -1,10 +1,10 @@
-"""How fast a small model runs on a CPU, beside `transformers` on the same checkpoint and prompts, and where time goes.
+"""The speed of a small model on a CPU, compared with `transformers` on the same checkpoint and prompts.
 
     python -m benchmarks.cpu_speed [--model examples/toy] [--dtype float32] [--threads 2] [--write docs/cpu-speed.md]
 
 Prompts are random token ids of one length, so that transformers can batch them without padding, which V4's
-compressors would pool. Both sides decode greedily and ignore the end token. Nothing else should run meanwhile; where
-something must, `--clock process` counts the process's CPU time in one thread instead of the time that passes.
+compressors would pool. Both decode greedily and ignore the end token. No other work should run on the machine; if some
+must, `--clock process` measures the CPU time of the process, in one thread, instead of wall-clock time.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 PROMPT, NEW_TOKENS, STREAMS = 64, 128, (1, 16)
 CONTEXTS = (1024, 4096, 8192, 16384, 32768)
 STEPS = 32
-"""Decode steps that a context's step time is the mean of."""
+"""Decode steps in the mean of a context's step time."""
 ROUNDS = 3
-"""How often each time is taken; the shortest counts, since other work can only add to it."""
+"""How often each time is measured. The shortest counts, because other work only adds to it."""
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 MARK = "<!-- written by benchmarks.cpu_speed -->\n"
 
@@ -37,19 +37,21 @@ MARK = "<!-- written by benchmarks.cpu_speed -->\n"
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("examples/toy"))
-    parser.add_argument("--dtype", default="float32", help="of our engine; transformers is right in float32 only")
+    parser.add_argument("--dtype", default="float32", help="of our engine; transformers is correct in float32 only")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="how many prompts at once")
+    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="numbers of prompts at once")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="a stream")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="of the step and prefill times")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU time; use one thread")
-    parser.add_argument("--no-compile", action="store_true", help="do not time the kernels' compilation, half a minute")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU time, with one thread")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not time the kernels' compilation (half a minute)"
+    )
     parser.add_argument("--write", type=Path, help=f"put the tables into this Markdown file, after {MARK.strip()}")
     options = parser.parse_args(argv)
     if options.clock == "process" and options.threads != 1:
-        parser.error(f"--clock process adds up the time of all threads: use --threads 1, not {options.threads}")
+        parser.error(f"--threads {options.threads}: --clock process adds up the time of all threads. Use --threads 1")
     if options.write and MARK not in options.write.read_text():
-        parser.error(f"--write {options.write} has no line {MARK.strip()} after which the tables belong")
+        parser.error(f"--write {options.write}: there is no line {MARK.strip()}. Add it where the tables should go")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Every figure of the report; times in seconds, rates in tokens a second."""
+    """All numbers of the report; times in seconds, rates in tokens a second."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -89,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compile_times() -> dict[str, float]:
-    """Seconds until the CPU's kernels are ready in a new process: compiled, and read from the disk."""
+    """Seconds until the CPU's kernels are ready in a new process: compiled, or read from disk."""
     code = (
         "import time, numba, torch; from vllm_deepseek_v4flash.ops.dispatch import prepare; start = time.perf_counter()"
         "; prepare(torch.device('cpu')); print(time.perf_counter() - start)"
@@ -112,7 +114,7 @@ def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int
 
 
 def transformers_rates(options: argparse.Namespace) -> dict[str, float]:
-    """New tokens a second of transformers' generate, fp32, with its cache."""
+    """New tokens a second of transformers' `generate` in fp32 with its cache."""
     import torch
     from transformers import DeepseekV4ForCausalLM
 
@@ -153,7 +155,7 @@ class Engine:
         self.seed = 0
 
     def rate(self, streams: int) -> float:
-        """New tokens a second, prompts included in the time."""
+        """New tokens a second; the time includes prompts."""
         return max(self.one_rate(streams) for _ in range(ROUNDS))
 
     def one_rate(self, streams: int) -> float:
@@ -168,8 +170,8 @@ class Engine:
         return (min(decode() for _ in range(ROUNDS)) - min(decode(1) for _ in range(ROUNDS))) / STEPS
 
     def decoding(self, context: int) -> Callable[..., float]:
-        """What times `STEPS` tokens and one after a prompt that the prefix cache holds."""
-        # Whole blocks hit: one token more leaves one to compute.
+        """A function that times `STEPS` + 1 tokens after a prompt that is in the prefix cache."""
+        # Whole blocks are found: one more token leaves one to compute.
         prompt = self.fresh(1, context + 1)
         self.seconds(prompt, 1)
         return lambda tokens=1 + STEPS: self.seconds(prompt, tokens)
@@ -192,7 +194,7 @@ class Engine:
         return self.llm.collective_rpc(lambda worker: worker.get_model())[0]
 
     def profile(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Share of the time in each op of ours, in linear layers, in the rest of the model, and in vLLM."""
+        """The share of time in each of our ops, in linear layers, in the rest of the model, and in vLLM."""
         with timed(self.model(), self.clock) as seconds:
             start = self.clock()
             run()
@@ -206,7 +208,7 @@ class Engine:
 
 @contextmanager
 def without_model(model: Any) -> Iterator[None]:
-    """A model that computes nothing, so that what is left is vLLM's."""
+    """A model that computes nothing: the remaining time is vLLM's."""
     import torch
 
     hidden, dtype = model.config.hidden_size, model.model.norm.weight.dtype
@@ -219,7 +221,7 @@ def without_model(model: Any) -> Iterator[None]:
 
 @contextmanager
 def timed(model: Any, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Seconds by op, `linear` and `model` while the block runs; what one calls inside another counts once."""
+    """Seconds by op, `linear` and `model` during the block. A nested call counts once, for the inner op."""
     from vllm.model_executor.layers.linear import LinearBase
 
     from vllm_deepseek_v4flash.ops import dispatch
@@ -282,10 +284,10 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|",
         *(f"| {n} | {ours[n]:.0f} | {theirs[n]:.0f} | {ours[n] / theirs[n]:.1f} |" for n in ours),
         "",
-        f"{report['prompt']} prompt tokens and {report['new_tokens']} new ones a stream, prompts included in the time. "
-        f"vLLM alone, with a model that computes nothing, makes {alone} tokens/s.",
+        f"{report['prompt']} prompt tokens and {report['new_tokens']} new ones a stream; the time includes prompts. "
+        f"vLLM with a model that computes nothing generates {alone} tokens/s.",
         "",
-        f"| context | decode step, ms | against {next(iter(steps))} | prefill, tokens/s |",
+        f"| context | decode step, ms | relative to {next(iter(steps))} | prefill, tokens/s |",
         "|---|---|---|---|",
         *(
             f"| {n} | {1e3 * step:.2f} | {step / next(iter(steps.values())):.2f} | {report['prefill'][n]:.0f} |"
@@ -296,7 +298,7 @@ def markdown(report: dict[str, Any]) -> str:
     if report["compile"]:
         first, later = report["compile"]["first"], report["compile"]["later"]
         lines += [
-            f"Compiling the kernels takes {first:.0f} s at the first start, reading them {later:.1f} s at later ones.",
+            f"Compiling the kernels takes {first:.0f} s at the first start; reading them {later:.1f} s later.",
             "",
         ]
     lines += ["Where the time goes, in percent:", ""]

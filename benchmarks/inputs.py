@@ -1,4 +1,4 @@
-"""What the attention benchmarks run on: the shapes, and paged caches of random rows on the device."""
+"""The inputs of the attention benchmarks: shapes, and paged caches of random rows on the device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat, read_rows, writ
 from . import flash_cases as flash
 from .roofline import Bench
 
-_FILL = 1 << 26  # values that are made at once
-# Caches may take half of the device's memory, one of them half of that.
+_FILL = 1 << 26  # values that are written at once
+# All caches may take half of the device's memory, and one of them a quarter.
 _SHARE = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes of a model and of the cases."""
+    """The shapes of the model and of the cases."""
 
     heads: int = flash.HEADS
     dim: int = flash.DIM
@@ -39,10 +39,10 @@ class Sizes:
     batches: tuple[int, ...] = (1, 8, 32, 128)
     contexts: tuple[int, ...] = (1 << 13, 1 << 17, 1 << 20)
     prefills: tuple[tuple[int, int], ...] = ((8192, 8192), (8192, 1 << 16))
-    """Tokens of the chunk, and of context when it is done."""
+    """Tokens of the chunk, and of the context including it."""
     streams_tokens: tuple[int, ...] = (1, 8, 128, 8192)
     candidates: int = 1 << 18
-    """Scores of a row of the top-k alone."""
+    """Scores of a row, for the top-k alone."""
 
     def ratio(self, kind: str) -> int:
         return {"window": 0, "CSA": 4, "HCA": self.hca_ratio}[kind]
@@ -58,7 +58,7 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Attention:
-    """The arguments of `sparse_attention`, but for `cos_sin`."""
+    """The arguments of `sparse_attention` without `cos_sin`."""
 
     q: torch.Tensor
     sinks: torch.Tensor
@@ -83,18 +83,18 @@ class Attention:
 def paged(
     bench: Bench, name: str, page: PageSize, copies: int, requests: int, first: int, last: int
 ) -> tuple[list[PagedRows], str]:
-    """`copies` caches in which each request has the pages of its tokens first..last; random rows, shuffled pages.
+    """`copies` caches in which each request has the pages of its tokens first..last: random rows on shuffled pages.
 
-    Caches of different `name` share no page. Page 0 belongs to nobody, and is in the tables where nothing is read.
-    Where the pages would take more than a quarter of the device's memory, they are dealt out again in the same order
-    from the start, so that a page that has two owners is not touched again before all the others were.
+    Caches with different names share no pages. Page 0 belongs to no request; tables have it where nothing is read. If
+    the pages would take more than a quarter of the device's memory, they are assigned again in the same order, so that
+    a page with two owners is used again only after all others.
 
     Returns:
-        The caches, and a note on shared pages (empty without).
+        The caches, and a note about shared pages, which is empty if there are none.
     """
     low, high = first // page.block_tokens, last // page.block_tokens + 1
     needed = copies * requests * (high - low)
-    # Pages lie two pages apart, as those of several layers that share one allocation.
+    # Pages are two pages apart, like those of several layers in one allocation.
     most = max(2, bench.memory_bytes // _SHARE // (2 * page.page_bytes))
     pages = _pool(bench, name, page, min(needed, most) + 1)
     owned = len(pages) - 1
@@ -107,7 +107,7 @@ def paged(
 
 
 def _pool(bench: Bench, name: str, page: PageSize, count: int) -> torch.Tensor:
-    """At least `count` pages of random rows, made once for all cases that need no more."""
+    """At least `count` pages of random rows, which all cases that need no more share."""
     key = (name, page.format, page.rows)
     pool = bench.store.get(key)
     if pool is None or len(pool) < count:
@@ -132,22 +132,22 @@ def _fill(pages: torch.Tensor, page: PageSize) -> None:
 
 
 def stored(cache: PagedRows, slots: torch.Tensor) -> torch.Tensor:
-    """What the rows at slots [N] mean, [N, dim] fp32."""
+    """The values of the rows at slots [N], [N, dim] fp32."""
     page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
     return read_rows(cache, page, row, torch.ones_like(page, dtype=torch.bool))
 
 
 def slots_of(cache: PagedRows, request: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """page * rows_per_page + row, int64, of row numbers; broadcastable."""
+    """Slots, page * rows_per_page + row, int64, of row numbers; broadcastable."""
     page, offset = cache.locate(request, row)
     return page * cache.rows_per_page + offset
 
 
 def stored_bound(fmt: RowFormat, dtype: torch.dtype) -> float:
-    """The relative error of a row between two ways to compute it that differ by one step of its last rounding.
+    """The relative difference of two rows whose last rounding differs by one step.
 
-    That is 2^-7 for bf16 and 2^-3 for e4m3, where a value's distance to the next is at most so much of it; two such
-    rows of another codec or dtype are not compared here.
+    2^-7 for bf16 and 2^-3 for e4m3, the largest relative distance of neighbours. Rows of another codec or dtype are not
+    compared here.
     """
     if fmt.codec == "e4m3":
         return 2.0**-3
@@ -157,16 +157,16 @@ def stored_bound(fmt: RowFormat, dtype: torch.dtype) -> float:
 
 
 def quarter_turns(bench: Bench, tokens: int, rope: int) -> torch.Tensor:
-    """cos_sin [T, R] of angles of 0, 1, 2 and 3 quarters: rotations that no rounding blurs."""
+    """cos_sin [T, R] of 0, 1, 2 and 3 quarter turns: rotations without rounding."""
     turn = torch.randint(4, (tokens, rope // 2), device=bench.device)
     cos, sin = (torch.tensor(values, device=bench.device)[turn] for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
     return torch.cat((cos, sin), dim=1)
 
 
 def spread_indices(visible: torch.Tensor, topk: int) -> torch.Tensor:
-    """[T, topk] int32, ascending: one random entry out of each of `topk` equal shares of the first visible[t] ones.
+    """[T, topk] int32, ascending: a random entry of each of `topk` equal parts of the first visible[t] entries.
 
-    A token that sees no more than `topk` gets all of them, then -1.
+    A token that sees at most `topk` entries gets all of them, then -1.
     """
     k, seen = torch.arange(topk, device=visible.device), visible[:, None].clamp(min=1)
     low, high = k * seen // topk, (k + 1) * seen // topk

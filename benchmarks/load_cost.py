@@ -1,4 +1,4 @@
-"""What it costs to load a packed checkpoint: time, and peak resident memory beside the packed size and the shards.
+"""The cost of loading a packed checkpoint: time, and peak resident memory compared with the sizes of model and shards.
 
     python -m benchmarks.load_cost [--gigabytes 3] [--shard-megabytes 500] [--keep DIR]
 
@@ -56,7 +56,7 @@ def packed_leaves(rows: int, columns: int) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(directory: Path, gigabytes: float, shard_bytes: int) -> tuple[int, int]:
-    """Write it, shard by shard; returns its bytes and those of the largest shard."""
+    """Write the checkpoint shard by shard; returns its bytes and those of the largest shard."""
     expert = 3 * HIDDEN * INNER // 2
     layers = -(-int(gigabytes * 1e9) // (expert * EXPERTS))
     settings = config_json(layers)
@@ -86,7 +86,7 @@ def write_checkpoint(directory: Path, gigabytes: float, shard_bytes: int) -> tup
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, mapped files included."""
+    """The resident memory of this process, including mapped files."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -110,7 +110,7 @@ class Peak:
 
 
 def load(directory: Path) -> dict[str, float]:
-    """Load with vLLM in this process: seconds, and the peak above what it had before."""
+    """Load with vLLM in this process: seconds, and the peak above the memory in use before."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -127,7 +127,7 @@ def load(directory: Path) -> dict[str, float]:
         measured["packed"] = sum(p.nbytes for p in model.parameters())
         return model
 
-    DefaultModelLoader.load_model = load_model  # type: ignore[method-assign]
+    DefaultModelLoader.load_model = load_model
     LLM(
         str(directory), skip_tokenizer_init=True, max_model_len=512, max_num_batched_tokens=512, max_num_seqs=2,
         kv_cache_memory_bytes=64 << 20,
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--shard-megabytes", type=int, default=500)
-    parser.add_argument("--keep", type=Path, help="write the checkpoint here and leave it")
+    parser.add_argument("--keep", type=Path, help="write the checkpoint here and keep it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.keep or Path(scratch)

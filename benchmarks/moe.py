@@ -1,13 +1,13 @@
-"""The routed experts over packed weights at DeepSeek-V4-Flash's shapes, beside vLLM's Marlin kernels.
+"""The routed experts over packed weights at DeepSeek-V4-Flash's shapes, compared with vLLM's Marlin kernels.
 
     python -m benchmarks.moe [--only int4 fp4] [--budget SECONDS] [--out DIR] [--dry-run]
 
-Every case is compared with the PyTorch reference on sampled tokens and then timed (`roofline.py` says how). Tokens
+Every case is compared with the PyTorch reference on sampled tokens and then timed; `roofline.py` describes how. Tokens
 choose experts at random. Bytes are those of the experts that so many tokens choose on average, read once, and of the
-tokens. One layer's weights serve every call: a call chooses other experts than the one before it while they suffice,
-and beyond that they are many times what an L2 holds.
+tokens. All calls use one layer's weights: while there are enough experts, a call chooses others than the previous call,
+and with more tokens the weights are many times as large as an L2.
 
-Exits with 1 if a result is further from its reference than its bound, or a kernel does not run.
+The exit status is 1 if a result differs from its reference by more than its bound, or if a kernel does not run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes
 from . import roofline, vllm_kernels
 from .flash_cases import CHOSEN, EXPERTS, HIDDEN, INNER, WEIGHTS
 from .report import Row
-from .roofline import Aim, Bench, Case, Peer, UnavailableError, Work, compare, sampled, twin_and_reference
+from .roofline import Aim, Bench, Case, Peer, UnavailableError, Work, compare, kernel_and_reference, sampled
 
 BF16 = torch.bfloat16
-MOST_TOKENS = 32  # that csrc/'s kernels take
-# Gate and up, the activation and an expert's output are rounded to bf16, and each may go to the reference's neighbour.
+MOST_TOKENS = 32  # of csrc/'s kernels
+# Gate and up, the activation and an expert's output are rounded to bf16; each may go to a neighbour of the reference's.
 OURS = 4 * 2.0**-8
-# Marlin rounds each expert's output once more when it has weighed it, and may sum them in bf16.
+# Marlin rounds each weighted output of an expert again, and may sum in bf16.
 MARLIN = 8 * 2.0**-8
 LIMIT = 10.0
 
@@ -62,7 +62,7 @@ class Layer:
 
 
 def layer_of(bench: Bench, s: Sizes, weight: str, inner: int) -> Layer:
-    """One layer's random weights, shared by all cases of the format and width."""
+    """One layer's random weights, which all cases of this format and width share."""
     key = ("experts", weight, inner)
     if key not in bench.store:
         for other in [k for k in bench.store if k[0] in ("experts", "marlin")]:
@@ -82,7 +82,7 @@ def layer_of(bench: Bench, s: Sizes, weight: str, inner: int) -> Layer:
 def _random(
     scheme: Scheme, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Codes of every kind, and scales such that a row's products with unit values sum to about one."""
+    """All codes, and scales such that a row's products with unit values sum to about one."""
     if name == "qweight":
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     if scheme.kind == "fp4":
@@ -102,7 +102,7 @@ def routing(bench: Bench, s: Sizes, tokens: int, copies: int) -> list[torch.Tens
 
 
 def distinct(s: Sizes, tokens: int) -> float:
-    """How many experts that many tokens choose on average."""
+    """How many experts so many tokens choose on average."""
     return s.experts * (1 - (1 - s.chosen / s.experts) ** tokens)
 
 
@@ -113,7 +113,7 @@ def expert_bytes(weight: str, s: Sizes, inner: int) -> float:
 
 
 def aims_of(tokens: int) -> list[Aim]:
-    """What the kernels are to reach on an H100."""
+    """The goals of the kernels on an H100."""
 
     def beats(times: float) -> Aim:
         return Aim(f"{times} times Marlin's speed", lambda row: None if row.ratio is None else row.ratio >= times)
@@ -134,11 +134,11 @@ def aims_of(tokens: int) -> list[Aim]:
 def ours(bench: Bench, kernels: str) -> Any:
     """`packed_experts` in Triton's kernels, or in those of csrc/."""
     if kernels == "triton":
-        return twin_and_reference("packed_experts")[0]
+        return kernel_and_reference("packed_experts")[0]
     if bench.device.type != "cuda":
         raise UnavailableError("csrc/'s kernels need a GPU")
     if not built():
-        raise UnavailableError("csrc/ was not compiled: install the package where nvcc is")
+        raise UnavailableError("csrc/ was not compiled: install the package on a machine with nvcc")
     return importlib.import_module("vllm_deepseek_v4flash.ops.cuda.packed_experts").packed_experts
 
 
@@ -146,7 +146,7 @@ def experts_case(s: Sizes, weight: str, inner: int, tokens: int, kernels: str) -
     moved = distinct(s, tokens) * expert_bytes(weight, s, inner) + tokens * s.hidden * (2 + 4)
 
     def build(bench: Bench) -> Work:
-        call, (_, reference) = ours(bench, kernels), twin_and_reference("packed_experts")
+        call, (_, reference) = ours(bench, kernels), kernel_and_reference("packed_experts")
         layer = layer_of(bench, s, weight, inner)
         inputs = [
             (
@@ -173,7 +173,7 @@ def experts_case(s: Sizes, weight: str, inner: int, tokens: int, kernels: str) -
 
 
 def marlin_work(bench: Bench, layer: Layer, key: tuple[str, int], inputs: Sequence[Any], near: Any) -> Work:
-    """vLLM's Marlin experts on the same weights, repacked as it does when it loads them."""
+    """vLLM's Marlin experts on the same weights, repacked as by its loader."""
     experts = vllm_kernels.load(bench, "vllm.model_executor.layers.fused_moe.experts.marlin_moe")
     activation = vllm_kernels.load(bench, "vllm.model_executor.layers.fused_moe.activation")
     types = vllm_kernels.load(bench, "vllm.scalar_type").scalar_types
@@ -199,7 +199,7 @@ def marlin_int4(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch.Te
     utils = vllm_kernels.load(bench, "vllm.model_executor.layers.quantization.utils.marlin_utils")
     found = []
     for weight in ({n: t.flatten(1, 2) for n, t in layer.w13.items()}, layer.w2):
-        # Eight columns of a row make a word, the first in its lowest bits: so does GPTQ, which stores them transposed.
+        # As in GPTQ, which stores them transposed, a word has eight columns of a row, the first in its lowest bits.
         codes = weight["qweight"].view(torch.int32).transpose(1, 2).contiguous()
         scales = weight["scales"].transpose(1, 2).contiguous()
         k, n = 8 * codes.shape[1], codes.shape[2]
@@ -209,7 +209,7 @@ def marlin_int4(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch.Te
 
 
 def marlin_fp4(bench: Bench, layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As `marlin_int4`; vLLM has a function that lays out weights of DeepSeek's format."""
+    """Like `marlin_int4`, with vLLM's function for weights in DeepSeek's format."""
     utils = vllm_kernels.load(bench, "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4")
     w13 = {name: tensor.flatten(1, 2) for name, tensor in layer.w13.items()}
     q13, q2, s13, s2, *_ = utils.prepare_moe_mxfp4_layer_for_marlin(

@@ -1,4 +1,4 @@
-"""What a benchmark reports: rows, the device that they were measured on, and both as JSON and Markdown."""
+"""The report of a benchmark: rows and the device that they were measured on, as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class Row:
-    """One line of the report. us: microseconds of one call; peer: whose time `peer_us` is."""
+    """One line of the report. us: microseconds of one call. peer: the kernel whose time is `peer_us`."""
 
     op: str
     case: str
@@ -25,14 +25,14 @@ class Row:
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
     percent: float | None = None
-    """Of the roofline: the time that the measured copy bandwidth or matmul peak allows, divided by `us`."""
+    """Of the roofline: the minimum by the measured copy bandwidth or matmul peak, divided by `us`."""
     bandwidth_percent: float | None = None
     bound_by: str = ""
     copies: int = 0
     peer: str = ""
     peer_us: float | None = None
     ratio: float | None = None
-    """peer_us / us: above 1, ours is the faster."""
+    """peer_us / us: above 1 ours is faster."""
     peers_not_run: list[str] = field(default_factory=list)
     aims: list[str] = field(default_factory=list)
     checked: str = ""
@@ -43,10 +43,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device was measured to do."""
+    """The measured limits of the device."""
 
     copy_gb_per_s: float
-    """Bytes read plus bytes written of a device-to-device copy."""
+    """Bytes read plus bytes written by a device-to-device copy."""
     matmul_tflop_per_s: float
     """bf16, fp32 accumulation."""
 
@@ -105,7 +105,7 @@ def _table(lines: list[list[str]]) -> list[str]:
 
 
 def _grouped(found: Iterable[tuple[Row, Sequence[str]]]) -> list[str]:
-    """A line for every text, with the rows that it belongs to."""
+    """One line for every text, with its rows."""
     by_text: dict[str, list[str]] = {}
     for row, texts in found:
         for text in texts:
@@ -114,7 +114,7 @@ def _grouped(found: Iterable[tuple[Row, Sequence[str]]]) -> list[str]:
 
 
 def describe(device: torch.device, commit: str | None = None) -> dict[str, str]:
-    """Which device, driver, clocks, versions, commit and date a report belongs to."""
+    """The device, driver, clocks, versions, commit and date of a report."""
     found = {"device": "cpu, dry run: the figures of no GPU"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,9 +1,9 @@
-"""What a GPU can do, and how near a kernel comes to it: the part that the kernel benchmarks share.
+"""The limits of a GPU, and how close a kernel comes to them: what the kernel benchmarks share.
 
-A benchmark is a list of `Case`s that it hands to `main`. Each case builds its inputs on the device several times over,
-so that no call finds what it reads in the L2; is compared with its reference; and is then timed inside a CUDA graph,
-and so are vLLM's kernels for the same work (`Peer`). For every case the report, JSON and Markdown, has the time, the
-rates, the share of the roofline measured in the same run, and the peer's time, or the reason why one is missing.
+A benchmark passes a list of `Case`s to `main`. Each case builds several copies of its inputs on the device, so that no
+call finds its inputs in the L2, is compared with its reference, and is timed inside a CUDA graph, as are vLLM's kernels
+for the same work (`Peer`). For every case the report, JSON and Markdown, has the time, the rates, the share of the
+roofline measured in the same run, and the peer's time, or the reason why one is missing.
 """
 
 from __future__ import annotations

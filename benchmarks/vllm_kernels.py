@@ -1,7 +1,7 @@
-"""vLLM's own kernels for the work that the attention benchmarks time, called as its own DeepSeek-V4 model calls them.
+"""vLLM's own kernels for the work of the attention benchmarks, called as by its own DeepSeek-V4 model.
 
-Each function returns `Peer`s. What a peer needs is imported and built only when it is prepared, and where that cannot
-be, UnavailableError says why. Peers get the values that ours get, in the layouts that theirs want.
+Each function returns `Peer`s. A peer imports and builds what it needs when it is prepared, or raises UnavailableError
+with the reason. Peers get the same values as our kernels, in their own layouts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .inputs import Attention, slots_of, stored, stored_bound
 from .roofline import Bench, Peer, UnavailableError, Work, WrongResultError, compare, sampled
 
 BF16 = torch.bfloat16
-# FlashMLA's paged rows: 448 e4m3 and 64 bf16 values, and 8 scale bytes of which the last is unused; a page holds the
-# data of its rows first, and is a multiple of the data's size.
+# FlashMLA's paged rows: 448 e4m3 and 64 bf16 values, and 8 scale bytes of which the last is unused. A page has the
+# data of all its rows first, and its size is a multiple of a row's data.
 _DATA, _SCALES = 576, 8
-_HEADS = 64  # the fewest that FlashMLA computes
+_HEADS = 64  # the minimum of FlashMLA
 _INDEX_BLOCK = 128  # lists of keys are multiples of this
 _TOPK_WORKSPACE = 1 << 20
-# Two kernels round the softmax's weights and their result to bf16, each by 2^-8 at most; so does FlashMLA.
+# Our kernels and FlashMLA round the softmax's weights and the result to bf16, each by at most 2^-8.
 _ATTENTION_BOUND = 2 * 2.0**-8
 _TRITON_ROUNDING = 4 * 2.0**-8
 
@@ -40,8 +40,8 @@ def _none(name: str, reason: str) -> Peer:
     return Peer(name, prepare)
 
 
-UNTIMED_INDEXER = _none("vLLM", "it scores keys with DeepGEMM, which is no kernel of its own; its top-k is under topk")
-UNTIMED_COMPRESSOR = _none("vLLM", "its compressor takes several kernels, over states of a layout of their own")
+UNTIMED_INDEXER = _none("vLLM", "it scores keys with DeepGEMM, which is not its own kernel; its top-k is under topk")
+UNTIMED_COMPRESSOR = _none("vLLM", "its compressor is several kernels over states in another layout")
 
 
 def need_cuda(bench: Bench) -> None:
@@ -85,7 +85,7 @@ def ds_mla_pages(cache: PagedRows) -> torch.Tensor:
 
 
 def _copy_rows(source: torch.Tensor, source_scales: int, target: torch.Tensor, target_scales: int, rows: int) -> None:
-    """Pages of `rows` rows, whose scales take another number of bytes in each."""
+    """Copy pages of `rows` rows between layouts with different numbers of scale bytes."""
     to, of = (
         pages[:, rows * _DATA : rows * (_DATA + size)].unflatten(1, (rows, size))
         for pages, size in ((target, target_scales), (source, source_scales))
@@ -131,15 +131,15 @@ def _global(cache: PagedRows, x: Attention, rows: torch.Tensor) -> torch.Tensor:
 
 
 def flashmla_decode(bench: Bench, inputs: Sequence[Attention], expected: Expected) -> Peer:
-    """The decode kernel over fp8 rows. Not in its time: the schedule and the indices' translation, which vLLM makes
-    once a step and once a layer. Not in its work: the result's rotation."""
+    """The decode kernel over fp8 rows. Its time excludes the schedule, which vLLM computes once a step, and translating
+    indices, once a layer. Its work excludes rotating the result."""
     heads = inputs[0].q.shape[1]
 
     def prepare() -> Work:
         flashmla = load_flashmla(bench)
         if inputs[0].window.format.codec != "e4m3":
             raise UnavailableError("its decode kernel reads fp8 rows only")
-        # One for all copies, whose lengths are the same; the first call fills it.
+        # One for all copies, which have the same lengths. The first call fills it.
         schedule = flashmla.FlashMLASchedMeta()
         pages: dict[int, torch.Tensor] = {}
 
@@ -173,8 +173,8 @@ def flashmla_decode(bench: Bench, inputs: Sequence[Attention], expected: Expecte
 
 
 def flashmla_prefill(bench: Bench, inputs: Sequence[Attention], expected: Expected) -> Peer:
-    """The prefill kernel, for one request. Not in its time: gathering and dequantising its keys, and its list of them,
-    which take vLLM three more launches. Not in its work: the result's rotation."""
+    """The prefill kernel, for one request. Its time excludes gathering, dequantising and listing its keys, which are
+    three more launches in vLLM. Its work excludes rotating the result."""
     heads = inputs[0].q.shape[1]
 
     def prepare() -> Work:
@@ -195,7 +195,7 @@ def flashmla_prefill(bench: Bench, inputs: Sequence[Attention], expected: Expect
 
 
 def gathered(x: Attention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The entries and window rows of one request as bf16 keys [S, D], and each token's indices [T, K] int32 into them
+    """The entries and window rows of one request as bf16 keys [S, D], and each token's indices into them [T, K] int32
     with their number [T]."""
     oldest = int((x.positions[0] - x.window_size + 1).clamp(min=0))
     last = int(x.positions[-1])
@@ -227,7 +227,7 @@ def _check(call: Callable[[], torch.Tensor], x: Attention, expected: Expected) -
 
 
 def topk_peers(bench: Bench, inputs: Sequence[torch.Tensor], counts: torch.Tensor, topk: int) -> list[Peer]:
-    """Both of vLLM's kernels for this; it takes the cooperative one up to 64 rows."""
+    """vLLM's two kernels; it uses the cooperative one for up to 64 rows."""
 
     def prepare(name: str) -> Work:
         op = load_op(bench, "_C", name)
@@ -240,7 +240,7 @@ def topk_peers(bench: Bench, inputs: Sequence[torch.Tensor], counts: torch.Tenso
             return selected
 
         def check() -> str:
-            # In no order, and any of equal scores.
+            # In any order, and with any of equal scores.
             found = inputs[0].gather(1, select(inputs[0]).long()).sort(dim=1, descending=True).values
             if not torch.equal(found, inputs[0].topk(topk, dim=1).values):
                 raise WrongResultError("it selects other scores")
@@ -256,7 +256,7 @@ def mhc_post_pre(
     bench: Bench, inputs: Sequence[tuple[torch.Tensor, ...]], options: dict[str, Any],
     near: Callable[[Sequence[torch.Tensor]], str],
 ) -> list[Peer]:  # fmt: skip
-    """vLLM's TileLang kernel, and its PyTorch code. `near` takes streams, x, post and comb."""
+    """vLLM's TileLang kernel and its PyTorch code. near: checks streams, x, post and comb."""
     eps, hc_eps, iterations = options["norm_eps"], options["hc_eps"], options["sinkhorn_iters"]
 
     def tilelang() -> Work:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import attention
+from benchmarks.attention.indexer import indexer_case
+from benchmarks.attention.sparse import attention_case
+from benchmarks.attention.writes import compress_case
 from benchmarks.inputs import FLASH, TINY, Sizes
 from benchmarks.roofline import Bench, Case, UnavailableError, interpret
 
@@ -29,13 +31,13 @@ def cases(s: Sizes) -> Iterator[Case]:
     context, (chunk, _) = s.contexts[0], s.prefills[0]
     for new, requests in ((1, BATCH), (chunk, 1)):
         for kind in ("window", "CSA", "HCA"):
-            yield attention.attention_case(s, kind, "fp8", requests, new, context, 1)
+            yield attention_case(s, kind, "fp8", requests, new, context, 1)
         for rows in ("fp8", "fp4"):
-            yield attention.indexer_case(s, rows, requests, new, context)
+            yield indexer_case(s, rows, requests, new, context)
         for cache in ("CSA", "HCA", "keys"):
-            yield attention.compress_case(s, cache, requests, new)
-    yield attention.attention_case(s, "HCA", "plain", BATCH, 1, context, 1)
-    yield attention.compress_case(s, "CSA", BATCH, 1, completing=False)
+            yield compress_case(s, cache, requests, new)
+    yield attention_case(s, "HCA", "plain", BATCH, 1, context, 1)
+    yield compress_case(s, "CSA", BATCH, 1, completing=False)
 
 
 def sizes(dry: bool) -> Sizes:

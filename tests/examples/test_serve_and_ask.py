@@ -65,7 +65,8 @@ def test_a_server_that_does_not_start_is_shown(tmp_path: Path) -> None:
 
 def test_options_of_vllm_serve_need_the_dashes() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--dtype", "float32"], capture_output=True, text=True, check=False, timeout=TIMEOUT
+        [sys.executable, str(SCRIPT), "--dtype", "float32"],
+        capture_output=True, text=True, check=False, timeout=TIMEOUT,
     )
     assert done.returncode == 2
     assert "unrecognized arguments: --dtype" in done.stderr
