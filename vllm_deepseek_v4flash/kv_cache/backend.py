@@ -1,4 +1,4 @@
-"""The attention backend that vLLM finds behind every DeepSeek-V4 cache."""
+"""The attention backend of every DeepSeek-V4 cache."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class DeepseekV4Backend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> Any:
         raise NotImplementedError(
-            f"{BACKEND_NAME} serves DeepSeek-V4's own layers only, no other model's attention: "
-            "leave --attention-backend unset"
+            f"--attention-backend={BACKEND_NAME}: only for the layers of DeepSeek-V4. Leave the option unset."
         )
 
     @staticmethod
@@ -42,5 +41,5 @@ class DeepseekV4Backend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Pages of different sizes lie side by side in a block, so blocks must be outermost.
+        # A block holds pages of different sizes, so blocks must be outermost.
         return (KVCacheLayout.BLHNC,)

@@ -33,7 +33,7 @@ class CacheFormats:
         rows unless `index_cache_dtype` says otherwise; `model` keeps them in the model's dtype, `fp4` in 4 bits.
 
         Raises:
-            ValueError: naming the option, its value and what is allowed.
+            ValueError: an option has another value; the message lists those allowed.
         """
         if cache_dtype == "auto":
             cache_dtype = "float32" if model_dtype == torch.float32 else "fp8"

@@ -14,7 +14,7 @@ from .layer_step import EntryCaches, LayerStep
 from .metadata import DeepseekV4Metadata
 from .paged_cache import PagedCache, layer_specs
 
-# Kernels are specialised by powers of two of what a step's tokens are divided into.
+# Kernels are specialised for numbers of tokens rounded up to powers of two.
 _DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 

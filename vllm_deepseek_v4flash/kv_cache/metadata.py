@@ -1,4 +1,4 @@
-"""What one step tells the caches: block tables, slots and the request of every token, in buffers that never move."""
+"""The metadata of a step: block tables, slots and each token's request, in buffers that never move."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class DeepseekV4Metadata(AttentionMetadata):
 
 
 class DeepseekV4MetadataBuilder(AttentionMetadataBuilder[DeepseekV4Metadata]):
-    """Builds the metadata of one cache group without waiting for the device and without a loop over tokens."""
+    """Builds the metadata of one cache group without synchronising with the device or looping over tokens."""
 
-    # Of decoding steps only: how many tokens a request has decides which kernels run, and a graph cannot ask.
+    # Decoding steps only: which kernels run depends on how many tokens a request has, and a graph cannot branch.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # The same for every group: the V1 runner reorders the batch by the smallest of all thresholds.
+        # Equal in every group: the V1 runner reorders the batch by the smallest threshold.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._max_model_len = vllm_config.model_config.max_model_len
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -71,6 +71,6 @@ class DeepseekV4MetadataBuilder(AttentionMetadataBuilder[DeepseekV4Metadata]):
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DeepseekV4Metadata:
-        """The metadata that a graph is captured with: whichever requests replay it, none is longer than this says."""
+        """The metadata that a graph is captured with: no request that replays it is longer than this allows."""
         metadata = self.build(0, common_attn_metadata)
         return replace(metadata, max_seq_len=self._max_model_len)

@@ -1,4 +1,4 @@
-"""How large each cache's pages are and what they hold: arithmetic only, shared by the vLLM specs and by `inspect`."""
+"""How large each cache's pages are and what they hold: arithmetic only, used by the vLLM specs and by `inspect`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ops.rows import RowFormat
 from .formats import CacheFormats
 
 WINDOW_BLOCK_TOKENS = 64
-# State rows are large and short-lived: small blocks give their memory back soon.
+# State rows are large and short-lived: small blocks return their memory soon.
 CSA_STATE_BLOCK_TOKENS = 4
 HCA_STATE_BLOCK_TOKENS = 8
 # Every page starts at a multiple of this many bytes, so that kernels may use their widest loads.
@@ -35,7 +35,7 @@ class PageSize:
 
     @property
     def row_size(self) -> int:
-        """Elements of the format's dtype that a row is accounted for, so that pages are multiples of PAGE_ALIGNMENT."""
+        """Elements of the format's dtype that each row takes, so that pages are multiples of PAGE_ALIGNMENT."""
         unit = PAGE_ALIGNMENT // math.gcd(PAGE_ALIGNMENT, self.rows * self.format.dtype.itemsize)
         return -(-self.format.row_size // unit) * unit
 
@@ -53,7 +53,7 @@ def entry_page(fmt: RowFormat, ratio: int, block_tokens: int = BLOCK_TOKENS) -> 
     """One row per `ratio` tokens, kept for the life of the request."""
     if block_tokens % ratio:
         raise ValueError(
-            f"--block-size {block_tokens} cannot hold whole entries of {ratio} tokens: use {BLOCK_TOKENS}, the default"
+            f"--block-size={block_tokens}: not a multiple of the {ratio} tokens of an entry. Use {BLOCK_TOKENS}."
         )
     return PageSize(fmt, block_tokens, tokens_per_row=ratio)
 

@@ -59,13 +59,13 @@ class PagedCache(AttentionLayerBase):
     def __init__(self, name: str, layer: int, config: DeepseekV4Config, formats: CacheFormats, *, prefix: str,
                  registry: dict[str, Any]) -> None:  # fmt: skip
         if prefix in registry:
-            raise ValueError(f"a cache named {prefix} is registered already")
+            raise ValueError(f"{prefix}: a cache of this name is already registered. Give every layer its own prefix.")
         registry[prefix] = self
         self.name, self.layer, self.config, self.formats, self.prefix = name, layer, config, formats, prefix
         self.page = layer_pages(config, layer, formats)[name]
         self.format = self.page.format
         self.spec: KVCacheSpec | None = None
-        # vLLM's own name for the bound memory: it zeroes, resets and puts to sleep through this attribute.
+        # vLLM zeroes, resets and puts to sleep the bound memory through an attribute of this name.
         self.kv_cache = torch.tensor([])
 
     def get_attn_backend(self) -> type:
@@ -74,8 +74,8 @@ class PagedCache(AttentionLayerBase):
         return DeepseekV4Backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # The platform may change the block size after the model is built, so it is read only now; and only once,
-        # because vLLM later puts the smallest block size of all caches in its place.
+        # The platform may change the block size after the model is built, so it is read here; and only once, because
+        # vLLM later replaces it by the smallest block size of all caches.
         if self.spec is None:
             specs = layer_specs(self.config, self.layer, self.formats, vllm_config.cache_config.block_size)
             self.spec = specs[self.name][0]
@@ -93,7 +93,7 @@ class PagedCache(AttentionLayerBase):
     def rows(self, metadata: DeepseekV4Metadata) -> PagedRows:
         """The cache as the ops address it in this step."""
         if self.kv_cache.ndim != 4:
-            raise RuntimeError(f"vLLM has not bound memory to the cache {self.prefix}")
+            raise RuntimeError(f"{self.prefix}: vLLM has not bound memory to this cache. Run the model after it has.")
         rows_per_page = self.kv_cache.shape[2]
         # view, not flatten: a copy would lose every write.
         pages = self.kv_cache.squeeze(1).view(self.kv_cache.shape[0], -1)

@@ -37,7 +37,7 @@ class DeepseekV4Attention(nn.Module):
         tp_size = get_tensor_model_parallel_world_size()
         if config.o_groups % tp_size:
             raise ValueError(
-                f"--tensor-parallel-size {tp_size} must divide o_groups, {config.o_groups}: use one that does"
+                f"--tensor-parallel-size={tp_size}: does not divide o_groups={config.o_groups}. Use a size that does."
             )
         self.heads, self.groups = config.num_attention_heads // tp_size, config.o_groups // tp_size
         self.dim, self.window_size, self.ratio = config.head_dim, config.sliding_window, ratio

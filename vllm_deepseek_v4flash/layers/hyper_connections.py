@@ -20,7 +20,7 @@ from .norm import RMSNorm
 class Residual:
     """The residual streams, and the sublayer output that is still to be spread over them.
 
-    Spreading an output waits for the next sublayer's mixing, because one kernel does both.
+    An output is spread when the next sublayer mixes its input, because one kernel does both.
     """
 
     streams: torch.Tensor
@@ -33,7 +33,7 @@ class Residual:
     """[T, H]."""
 
     def leave(self, output: torch.Tensor) -> Residual:
-        """The sublayer entered last has produced `output` [T, H]."""
+        """With the output [T, H] of the sublayer that was entered last."""
         return Residual(self.streams, self.post, self.comb, output)
 
     def spread(self) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Residual:
 
 
 class HyperConnection:
-    """The way into one sublayer: mixes the streams into its input and normalises that.
+    """Mixes the streams into the input of one sublayer, and normalises it.
 
     Its parameters belong to `owner`, under the checkpoint's names.
     """

@@ -48,7 +48,9 @@ class Router(Fp32Linear):
         expert_ids = None
         if self.hashed:
             if input_ids is None:
-                raise ValueError("hash-routed layers need token ids: prompts given as embeddings cannot be served")
+                raise ValueError(
+                    "prompt embeddings: hash-routed layers need token ids. Give the prompt as text or tokens."
+                )
             expert_ids = self.tid2eid[input_ids]
         return route(
             self(x), self.topk, bias=None if self.hashed else self.bias, expert_ids=expert_ids,
@@ -71,7 +73,7 @@ class RoutedExperts(nn.Module):
         experts, inner = config.n_routed_experts, config.moe_intermediate_size
         split, what = (experts, "n_routed_experts") if expert_parallel else (inner, "moe_intermediate_size")
         if split % tp_size:
-            raise ValueError(f"--tensor-parallel-size {tp_size} must divide {what}, {split}: use one that does")
+            raise ValueError(f"--tensor-parallel-size={tp_size}: does not divide {what}={split}. Use a size that does.")
         self.limit = config.swiglu_limit
         self.local_experts = experts // tp_size if expert_parallel else experts + shared
         self.first_expert = tp_rank * self.local_experts if expert_parallel else 0

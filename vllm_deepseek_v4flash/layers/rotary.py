@@ -14,7 +14,7 @@ from ..ops.rope_table import rope_table
 def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
     """[dim/2] fp32, radians per token.
 
-    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly between; it holds at every
+    YaRN divides the slow frequencies by `factor`, keeps the fast ones and blends linearly between them, at every
     position. V4 has no mscale.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
@@ -36,7 +36,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> 
 
 
 class RotaryEmbedding(nn.Module):
-    """The one set of frequencies that a kind of layer uses for everything: q, window rows, entries, indexer, output."""
+    """The frequencies of a kind of layer, the same for q, window rows, entries, indexer and output."""
 
     def __init__(self, config: DeepseekV4Config, kind: LayerKind) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A step of a small model again, without its Python: what a CUDA graph is to a GPU.
+"""Repeats a function without its Python, as a CUDA graph does on a GPU.
 
 A recorded function's kernels and torch calls are repeated on the tensors that they had, so whatever differs from one
-run to the next must lie in those tensors, at the addresses that they had.
+run to the next must be stored in those tensors, at the same addresses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import threads
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.empty_strided.default}
-# What depends on more than shapes, dtypes and the content of tensors that stay where they are.
+# Ops whose results depend on more than the shapes, dtypes and content of their tensors, or have other shapes each time.
 _ELSEWHERE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 
@@ -29,7 +29,7 @@ class Recording(TorchDispatchMode):
         self.calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
         """The op's name, what to call and its arguments."""
         self.obstacle = ""
-        """Why the calls would not repeat what was recorded, or nothing."""
+        """The op whose call would not repeat what was recorded; empty if there is none."""
         self.bytes = 0
         """Of memory that is kept for the calls."""
         self._kept: list[Any] = []
@@ -45,7 +45,7 @@ class Recording(TorchDispatchMode):
             self.calls, self._kept, self.bytes = [], [], 0
 
     def launched(self, kernel: Any, function: Callable[..., Any], arguments: tuple[Any, ...], room: Any) -> None:
-        """Take note that a kernel runs by `function(*arguments)`, in memory that belongs to `room`."""
+        """Note that a kernel runs as `function(*arguments)`, in memory that belongs to `room`."""
         self._kept.append(room)
         self.calls.append((kernel.py_func.__module__.rpartition(".")[2], function, arguments))
 
@@ -69,7 +69,7 @@ class Recording(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """Do it again."""
+        """Repeat the calls in their order."""
         for _, function, arguments in self.calls:
             function(*arguments)
 
@@ -79,7 +79,7 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def _again(new: Any, old: Any) -> None:
-    """Put a new result where the recorded one was."""
+    """Copy a new result into the recorded one."""
     if isinstance(old, torch.Tensor):
         old.copy_(new)
     else:
