@@ -1,9 +1,9 @@
-"""Mistakes that implementations of DeepSeek-V4 have made, each as the change to our code that makes it again.
+"""Mistakes that implementations of DeepSeek-V4 have made, each as a change that repeats it in our code.
 
-The numbers are those of the checklist in docs/model.md, "Traps". `TRAPS` must be seen by the
-parity test in the configuration that they name; `HARMLESS` changes look like traps and are none.
-Not here, because this model has no code that could make the mistake: padded heads (heads are never padded),
-e8m0 scales and nibble order of weights (no quantised weights are served), and serving faults (`tests/scheduler`).
+The numbers are those of the checklist in docs/model.md, "Traps". The parity test must see each of `TRAPS` in the
+configuration given with it; `HARMLESS` changes look like traps and are correct. Mistakes that these models cannot show
+are tested elsewhere: scales and nibble order of packed weights in `tests/checkpoint/formats`, scheduling in
+`tests/scheduler`. Padding of heads does not exist here.
 """
 
 from __future__ import annotations
