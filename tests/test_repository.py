@@ -47,7 +47,7 @@ def test_processes_that_unpack_at_once_share_one_copy(tmp_path: Path) -> None:
     started = [
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    printed = {process.communicate(timeout=120)[0].strip() for process in started}
+    printed = {process.communicate(timeout=1200)[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0]
     (target,) = (Path(line) for line in printed)
     # Nothing is left of the slower one.
