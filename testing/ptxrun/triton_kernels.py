@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,14 @@ class _Compiled:
 
 
 class Compiler:
-    """Compiles launches as Triton does at run time, each specialisation once."""
+    """Compiles launches as Triton does at run time, each specialisation once.
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    Args:
+        change: what runs instead of a kernel's PTX, given the kernel's name and its PTX.
+    """
+
+    def __init__(self, arch: int, change: Callable[[str, str], str] | None = None) -> None:
+        self.arch, self.change = arch, change
         self.target = GPUTarget("cuda", arch, 32)
         self.backend = make_backend(self.target)
         self.compiled: dict[tuple[str, str], _Compiled] = {}
@@ -69,6 +73,8 @@ class Compiler:
             if getattr(made.metadata, "global_scratch_size", 0):
                 raise NotImplementedError(f"{kernel.fn.__name__} needs global scratch memory")
             ptx = made.asm["ptx"]
+            if self.change is not None:
+                ptx = self.change(kernel.fn.__name__, ptx)
             (entry,) = parse(ptx).values()
             executable = Executable(entry, (32 * made.metadata.num_warps, 1, 1))
             self.compiled[key] = _Compiled(executable, ptx, made.metadata.shared)

@@ -1,13 +1,12 @@
 """Kernels as compiled for a GPU, executed on a CPU (testing/ptxrun) against oracles in fp64.
 
-They need a process in which Triton compiles: tests/test_compiled_kernels.py starts it.
+They need a process in which Triton compiles; tests/test_compiled_kernels.py starts one.
 """
 
 import functools
 import os
 
 import pytest
-import torch
 
 from testing.ptxrun import cuda_kernels, triton_kernels
 
@@ -19,19 +18,13 @@ def compiler(arch):
     return triton_kernels.Compiler(arch)
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+@pytest.fixture
 def execute(request):
-    """Runs Triton's kernels as compiled for an architecture."""
+    """Runs Triton's kernels as compiled for the architecture that is the parameter."""
     return functools.partial(triton_kernels.executed, request.param, compiler=compiler(request.param))
 
 
 @pytest.fixture
-def execute_cuda():
+def nvcc():
     if cuda_kernels.nvcc() is None:
         pytest.skip("needs nvcc")
-    return functools.partial(cuda_kernels.executed, 80)
-
-
-@pytest.fixture
-def device():
-    return torch.device("cpu")

@@ -1,8 +1,11 @@
 """csrc/experts.cu as nvcc compiles it."""
 
+import functools
+
 import pytest
 
 from testing.ops.numeric import assert_within
+from testing.ptxrun import cuda_kernels
 from testing.ptxrun.verify import SCHEDULES, verified
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda
 
@@ -21,9 +24,9 @@ FLASH_INT4, FLASH_FP4 = SCHEMES["int4, groups of 32, fp16"], SCHEMES["fp4"]
         pytest.param(SCHEMES["int4, groups of 64, zeros, bf16"], {"first": 1}, id="zeros, experts of other ranks"),
     ],
 )
-def test_experts(execute_cuda, rng, monkeypatch, scheme, sizes):
+def test_experts(nvcc, rng, monkeypatch, scheme, sizes):
     monkeypatch.setattr(cuda, "triton_packed_experts", None)  # nothing may be left to Triton
     problem = Problem(rng, "cpu", scheme, **sizes)
-    actual, runs = verified(problem.run, execute_cuda, SCHEDULES)
+    actual, runs = verified(problem.run, functools.partial(cuda_kernels.executed, 80), SCHEDULES)
     assert [run.kernel for run in runs] == ["gate_up", "down"]
     assert_within(actual, *problem.expected())

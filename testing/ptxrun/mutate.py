@@ -1,0 +1,84 @@
+"""Mistakes put into kernels, to prove that running them would show the real ones.
+
+In Triton's sources a mistake is a change of the syntax tree, which does not depend on how a kernel is written. What the
+compiler inserts (barriers, waits) is left out of the PTX.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+
+class WithoutMasks(ast.NodeTransformer):
+    """Every `tl.load` or `tl.store` of the kernels loses its mask."""
+
+    def __init__(self, function: str) -> None:
+        self.function, self.count = function, 0
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == self.function:
+            kept = [keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")]
+            self.count += len(kept) < len(node.keywords)
+            node.keywords = kept
+        return node
+
+
+class OneTooMany(ast.NodeTransformer):
+    """Every `a < b` of the kernels becomes `a <= b`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        self.count += sum(isinstance(op, ast.Lt) for op in node.ops)
+        node.ops = [ast.LtE() if isinstance(op, ast.Lt) else op for op in node.ops]
+        return node
+
+
+Mistake = WithoutMasks | OneTooMany
+
+
+def module_with(name: str, mistake: Mistake) -> ModuleType:
+    """A copy of a module of Triton kernels with the mistake in all of its kernels.
+
+    Raises:
+        ValueError: no kernel has a place for the mistake.
+    """
+    module = importlib.import_module(name)
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+            mistake.visit(node)
+    if not mistake.count:
+        raise ValueError(f"{name}: no kernel has a place for {type(mistake).__name__}. Choose another mistake.")
+    folder = Path(tempfile.mkdtemp(prefix="mutants-"))
+    path = folder / f"{name.rpartition('.')[2]}.py"
+    path.write_text(ast.unparse(ast.fix_missing_locations(tree)))
+    # Of the same package, for its relative imports; Triton reads a kernel's source from the file.
+    spec = importlib.util.spec_from_file_location(f"{name}_{type(mistake).__name__}_{folder.name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = copy
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def instructions(ptx: str, opcode: str) -> list[re.Match[str]]:
+    """The instructions whose opcode starts with `opcode`."""
+    return list(re.finditer(rf"^[ \t]*(?:@!?%\w+[ \t]+)?{re.escape(opcode)}[^;]*;", ptx, re.M))
+
+
+def without(ptx: str, opcode: str, number: int) -> str:
+    """PTX that lacks the `number`-th of `instructions`."""
+    left_out = instructions(ptx, opcode)[number]
+    return ptx[: left_out.start()] + ptx[left_out.end() :]
