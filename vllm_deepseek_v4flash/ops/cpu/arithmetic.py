@@ -1,4 +1,4 @@
-"""What kernels compute with: exp, sigmoid, norms and rotations of fp32 rows."""
+"""Arithmetic for kernels: exp, sigmoid, norms and rotations of fp32 rows."""
 
 from __future__ import annotations
 

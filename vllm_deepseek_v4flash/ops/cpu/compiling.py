@@ -21,10 +21,10 @@ from numba import types
 CACHE_ENV = "NUMBA_CACHE_DIR"
 CACHE_FIELDS = 8
 Cache = tuple[int, ...]
-"""A paged cache as kernels take it; `paged.cache` makes it."""
+"""A paged cache as passed to kernels; see `paged.cache`."""
 PARTS = 8
 Parts = tuple[int, ...]
-"""Up to PARTS parts of a result as kernels take them: columns, address, dtype; `merged_linear` makes it."""
+"""Up to PARTS parts of a result as passed to kernels: columns, address, dtype; see `merged_linear`."""
 
 # llvmlite's library object answers to every name, `__dict__` too, with a C function. vLLM looks into the `__dict__` of
 # all modules' values when an engine starts on a CPU, and without this would fail once Numba has been imported.
@@ -43,13 +43,13 @@ _TYPES = {
 _SUMS = {"reassoc", "contract", "nsz"}
 
 helper = numba.njit(error_model="numpy", fastmath={"contract"})
-"""A function for kernels whose operations must stay in order."""
+"""Decorator of a kernel's helper whose operations must stay in order."""
 summing = numba.njit(error_model="numpy", fastmath=_SUMS)
-"""A function for kernels whose sums may be taken in any order."""
+"""Decorator of a kernel's helper whose sums may be taken in any order."""
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile `function` for the signature of its annotations, or take it from the disk; it runs without the GIL."""
+    """Compile `function` for the signature of its annotations, or load it from disk; it runs without the GIL."""
     notes = inspect.signature(function).parameters.values()
     signature = types.void(*(_TYPES[str(note.annotation)] for note in notes))
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}

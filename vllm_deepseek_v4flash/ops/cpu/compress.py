@@ -15,7 +15,7 @@ from .qnorm_rope_kv_insert import rotate_rounded
 from .rms_norm import normalise
 
 _STATES, _ENTRIES = 1, 2  # what a call of the kernel writes
-_FEW = 64  # tokens that one call handles at once
+_FEW = 64  # tokens processed per call
 
 
 def compress(

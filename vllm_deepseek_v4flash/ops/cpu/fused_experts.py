@@ -10,7 +10,7 @@ from .memory import code, fill, get, get_i32, integer, load, packed, put, put_i3
 from .products import dots
 from .swiglu import activate
 
-_TOKENS = 64  # that visit the experts together
+_TOKENS = 64  # processed together
 
 
 def fused_experts(

@@ -7,7 +7,7 @@ from .compiling import kernel
 from .memory import code, load, packed, size_of, store
 from .products import dots
 
-_TOKENS = 64  # of one group, multiplied at a time
+_TOKENS = 64  # of one group, per product
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

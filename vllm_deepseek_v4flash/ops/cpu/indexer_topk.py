@@ -13,26 +13,26 @@ from .memory import (
     fetch,
     fill,
     get,
-    get_apart,
     get_i32,
     get_i64,
+    get_noalias,
     integer,
     load,
     packed,
     put,
-    put_apart,
     put_i32,
+    put_noalias,
     rounded,
     size_of,
 )
 from .paged import E2M1, cache, page_of, read_rows, round_to_e2m1
 from .products import dots_fp32
 
-_TOKENS = 4  # of one request, which share the keys that are read
-_KEYS = 64  # read and scored at a time
+_TOKENS = 4  # of one request, sharing the keys read
+_KEYS = 64  # read and scored together
 _CHUNK = 1024  # keys of one item: a thread's share of a long context
 _BINS = 2048
-_WORKSPACE = 1 << 23  # scores at once
+_WORKSPACE = 1 << 23  # scores held at once
 
 
 def indexer_topk(
@@ -75,7 +75,7 @@ def indexer_topk(
 
 @helper
 def _load_queries(t, q, dtype, heads, dim, cos_sin, rotary, codec, out):
-    """A token's queries as the keys are: rotated, rounded to their dtype and, for 4-bit keys, to 4 bits."""
+    """A token's queries in the form of the keys: rotated, rounded to their dtype and, for 4-bit keys, to 4 bits."""
     load(q + t * heads * dim * size_of(dtype), dtype, heads * dim, out)
     for h in range(heads):
         row = out + 4 * h * dim
@@ -94,9 +94,9 @@ def _weigh(dots, heads, weights, count, out):
     for h in range(heads):
         weight = get(weights, h)
         for i in range(count):
-            dot = get_apart(dots, h * _KEYS + i)
-            # Not max: what is not a number must stay so.
-            put_apart(out, i, get(out, i) + (ZERO if dot <= ZERO else dot) * weight)
+            dot = get_noalias(dots, h * _KEYS + i)
+            # Not max: NaN must stay NaN.
+            put_noalias(out, i, get(out, i) + (ZERO if dot <= ZERO else dot) * weight)
 
 
 @kernel
@@ -153,7 +153,7 @@ def _score(
 
 @helper
 def _rank(score):
-    """0..2^32-1, in the order of the scores: both zeros alike, what is not a number as -inf."""
+    """0..2^32-1, in the order of the scores: both zeros equal, NaN as -inf."""
     if score != score:
         return 0x007FFFFF
     pattern = bits(score + ZERO)
@@ -162,7 +162,7 @@ def _rank(score):
 
 @helper
 def _threshold(scores, count, wanted, bins):
-    """The rank of the `wanted`-th best of `count` scores, and how many of those that have it are wanted."""
+    """The rank of the `wanted`-th best of `count` scores, and how many of the scores of that rank to take."""
     known = 0
     for shift, width in ((21, 11), (10, 11), (0, 10)):
         for i in range(1 << width):

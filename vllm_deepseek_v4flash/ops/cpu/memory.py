@@ -1,4 +1,4 @@
-"""Memory by its address: single values and rows of them, fp32 from any float dtype and back.
+"""Memory by address: single values and rows of them, fp32 from any float dtype and back.
 
 Kernels work on addresses and not on arrays, because Numba compiles a load in a hundredth of the time of an array's.
 """
@@ -22,12 +22,12 @@ _FP16_BIAS = np.float32(2.0**-14)
 
 
 def code(tensor: torch.Tensor) -> int:
-    """How kernels know the dtype of `tensor`."""
+    """The number that stands for the dtype of `tensor` in kernels."""
     return CODES[tensor.dtype]
 
 
 def packed(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors without gaps, None as it is; the caller must hold them while a kernel has their addresses."""
+    """The tensors made contiguous, None unchanged; the caller must hold them while a kernel has their addresses."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             return tuple(t if t is None else t.contiguous() for t in tensors)
@@ -72,7 +72,7 @@ def _writer(kind: Any, value_type: Any, *, apart: bool = False) -> Any:
 
 
 def _scope(module: Any) -> Any:
-    """LLVM's name for what `get_apart` reads, which `put_apart` promises to leave alone."""
+    """LLVM's alias scope of what `get_noalias` reads and `put_noalias` promises not to overwrite."""
     domain = module.add_metadata(["deepseek_v4flash"])
     return module.add_metadata([module.add_metadata(["read apart", domain])])
 
@@ -88,9 +88,9 @@ put_i32 = _writer(ir.IntType(32), types.int64)
 put_i64 = _writer(ir.IntType(64), types.int64)
 put_u16 = _writer(ir.IntType(16), types.int64)
 put_u8 = _writer(ir.IntType(8), types.int64)
-get_apart = _reader(ir.FloatType(), types.float32, apart=True)
-"""`get`, of values that no `put_apart` of the same kernel overwrites: loops with both become vectors."""
-put_apart = _writer(ir.FloatType(), types.float32, apart=True)
+get_noalias = _reader(ir.FloatType(), types.float32, apart=True)
+"""`get`, for values that no `put_noalias` of the same kernel overwrites: loops with both are vectorised."""
+put_noalias = _writer(ir.FloatType(), types.float32, apart=True)
 
 
 @intrinsic
@@ -109,7 +109,7 @@ def _fetch_line(typing_context: Any, address: Any) -> Any:
 
 @helper
 def fetch(address, size):
-    """Begin to bring `size` bytes into the cache, which a processor does by itself only within 4 KiB."""
+    """Prefetch `size` bytes; hardware prefetchers stop at the borders of 4 KiB pages."""
     for line in range(0, size, 64):
         _fetch_line(address + line)
 
@@ -186,7 +186,7 @@ def load(address, dtype, count, out):
     """`count` values at `address` to fp32 at `out`."""
     if dtype == FP32:
         for i in range(count):
-            put_apart(out, i, get_apart(address, i))
+            put_noalias(out, i, get_noalias(address, i))
     elif dtype == BF16:
         for i in range(count):
             put(out, i, from_bf16(get_u16(address, i)))
@@ -200,7 +200,7 @@ def store(address, dtype, count, values):
     """`count` fp32 `values` to `address`, rounded to nearest even."""
     if dtype == FP32:
         for i in range(count):
-            put_apart(address, i, get_apart(values, i))
+            put_noalias(address, i, get_noalias(values, i))
     elif dtype == BF16:
         for i in range(count):
             put_u16(address, i, to_bf16(get(values, i)))
@@ -222,7 +222,7 @@ def size_of(dtype):
 
 @helper
 def rounded(value, dtype):
-    """An fp32 value as a tensor of `dtype` would keep it."""
+    """An fp32 value rounded to `dtype`."""
     if dtype == FP32:
         return value
     return from_bf16(to_bf16(value)) if dtype == BF16 else from_fp16(to_fp16(value))

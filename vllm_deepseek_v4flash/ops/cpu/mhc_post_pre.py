@@ -65,7 +65,7 @@ def leave_and_enter(
 
 @helper
 def spread_output(x, streams, post, comb, n, hidden, dtype, out):
-    """`post[k] x + sum_j comb[j, k] streams[j]` for every stream k, rounded as `dtype` keeps it."""
+    """`post[k] x + sum_j comb[j, k] streams[j]` for every stream k, rounded to `dtype`."""
     for k in range(n):
         row, weight = out + 4 * k * hidden, get(post, k)
         for i in range(hidden):

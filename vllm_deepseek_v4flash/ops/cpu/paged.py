@@ -1,4 +1,4 @@
-"""Rows of paged caches by their address (the formats of `ops/rows.py`)."""
+"""Rows of paged caches by address (the formats of `ops/rows.py`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .memory import (
 )
 
 E4M3, E2M1 = 8, 4
-"""Codecs besides the dtype codes of plain rows."""
+"""Codecs, next to the dtype codes of plain rows."""
 NO_CACHE: Cache = (0,) * CACHE_FIELDS
 _FP8_MAX, _FP8_FLOOR = np.float32(448.0), np.float32(1e-4)
 _FP4_MAX, _FP4_FLOOR = np.float32(6.0), np.float32(6.0 * 2.0**-126)
@@ -36,7 +36,7 @@ _NAN = np.float32(np.nan)
 
 
 def cache(rows: PagedRows) -> Cache:
-    """`rows` as kernels take them: pages, bytes a page, rows a page, codec, dim, quantised, block table, its stride."""
+    """`rows` for kernels: pages, bytes per page, rows per page, codec, dim, quantised, block table, its stride."""
     fmt, pages, table = rows.format, rows.pages, rows.block_table
     codec = CODES[fmt.dtype] if fmt.codec == "plain" else E4M3 if fmt.codec == "e4m3" else E2M1
     return (
@@ -87,7 +87,7 @@ def read_row(cache, page, row, out):
 
 @helper
 def fetch_row(cache, request, row):
-    """Begin to bring the data of an e4m3 or plain row into the cache."""
+    """Prefetch the data of an e4m3 or plain row."""
     codec, dim, quantised = cache[3:6]
     size = quantised + 2 * (dim - quantised) if codec == E4M3 else dim * size_of(codec)
     page, row = page_of(cache, request, row)
@@ -96,7 +96,7 @@ def fetch_row(cache, request, row):
 
 @helper
 def read_rows(cache, request, first, count, out):
-    """`count` rows of a request from number `first` on."""
+    """`count` rows of a request, starting at number `first`."""
     _, _, per_page, codec, dim, _, _, _ = cache
     done = 0
     while done < count:
@@ -145,7 +145,7 @@ def write_row(cache, page, row, values):
 
 @helper
 def round_to_e2m1(values, dim):
-    """What a row of `values` would be after a 4-bit cache, transformed."""
+    """`values` as a 4-bit cache would return them, transformed."""
     hadamard(values, dim)
     for block in range(dim // 32):
         scale = _scale(values, 32 * block, 32 * block + 32, _FP4_MAX, _FP4_FLOOR)
@@ -188,7 +188,7 @@ def _scale(values, start, end, largest, floor):
 @helper
 def _from_e4m3(code):
     magnitude = code & 0x7F
-    # Its fields are those of fp32 after a shift, but for the bias of the exponent, and so are e2m1's.
+    # After a shift its fields are those of fp32 except for the exponent's bias; the same holds for e2m1.
     value = number(magnitude << 20 | (code & 0x80) << 24) * _TWO_TO_120
     return value if magnitude != 0x7F else _NAN
 
@@ -213,7 +213,7 @@ def _from_e2m1(code):
 @helper
 def _to_e2m1(value):
     size = abs(value)
-    # Each border lies halfway between two codes and belongs to the even one.
+    # Each threshold is halfway between two codes and rounds to the even one.
     code = (size > 0.25) + (size >= 0.75) + (size > 1.25) + (size >= 1.75)
     code += (size > 2.5) + (size >= 3.5) + (size > 5.0)
     return code | 8 if value < ZERO else code | 0

@@ -1,4 +1,4 @@
-"""Products of matrices with few rows, each sum in one order whatever the number of rows.
+"""Products of matrices with few rows, each sum in one order, independent of the number of rows.
 
 A row's result is the same bits alone and among others, and small products cost less than a BLAS takes to begin.
 """
@@ -104,14 +104,14 @@ def _dots_with(read: Any, read_one: Any, size: int) -> Any:
 
 dots_fp32 = _dots_with(lanes, get, 4)
 """dots_fp32(a, a_rows, b, b_rows, width, out, stride): fp32 rows of `a` times fp32 rows of `b`, to rows of `out` that
-lie `stride` values apart."""
+start `stride` values after each other."""
 _dots_bf16 = _dots_with(lanes_bf16, _bf16, 2)
 _dots_fp16 = _dots_with(lanes_fp16, _fp16, 2)
 
 
 @helper
 def dots(a, a_rows, b, dtype, b_rows, width, out, stride):
-    """`dots_fp32` for rows `b` of a dtype."""
+    """`dots_fp32` for rows `b` of any dtype."""
     if dtype == FP32:
         dots_fp32(a, a_rows, b, b_rows, width, out, stride)
     elif dtype == BF16:

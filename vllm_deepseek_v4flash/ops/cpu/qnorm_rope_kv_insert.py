@@ -27,7 +27,7 @@ def qnorm_rope_kv_insert(
 
 @helper
 def rotate_rounded(row, dim, table, rotary, dtype):
-    """Rotate the last `rotary` values of the fp32 row, and round them as `dtype` keeps them."""
+    """Rotate the last `rotary` values of the fp32 row, and round them to `dtype`."""
     tail = row + 4 * (dim - rotary)
     rotate(tail, table, rotary // 2, ONE)
     for i in range(rotary):

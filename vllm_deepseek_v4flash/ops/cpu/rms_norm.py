@@ -23,7 +23,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 @helper
 def normalise(x, dim, weight, eps, dtype):
-    """The row `x` in place, times the fp32 row at `weight` unless that is 0; rounded as `dtype` keeps it."""
+    """The row `x` in place, times the fp32 row at `weight` unless that is 0; rounded to `dtype`."""
     factor = inverse_rms(x, dim, eps)
     for i in range(dim):
         value = get(x, i) * factor

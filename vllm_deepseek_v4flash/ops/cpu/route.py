@@ -41,7 +41,7 @@ def route(
 
 @helper
 def _better(a, b):
-    """Whether `a` ranks before `b`; what is not a number ranks first, as torch sorts."""
+    """Whether `a` ranks before `b`; NaN ranks first, as in torch's sort."""
     return (a != a and b == b) or a > b
 
 

@@ -12,8 +12,8 @@ from .memory import code, fill, get, get_i32, get_i64, integer, load, packed, pu
 from .paged import NO_CACHE, cache, fetch_row, page_of, read_row, read_rows
 from .products import add_weighted, dots_fp32
 
-_BLOCK = 64  # rows that are read, scored and added at a time
-_AHEAD = 8  # rows that are on their way from memory meanwhile
+_BLOCK = 64  # rows read, scored and added together
+_AHEAD = 8  # rows prefetched
 
 
 def sparse_attention(
@@ -51,7 +51,7 @@ def sparse_attention(
 
 @helper
 def _add_rows(queries, heads, dim, keys, count, scale, weights, sums, tops, totals):
-    """Take `count` more rows into the running softmax of every head."""
+    """Add `count` rows to the running softmax of every head."""
     dots_fp32(queries, heads, keys, count, dim, weights, _BLOCK)
     for h in range(heads):
         row = weights + 4 * h * _BLOCK

@@ -8,7 +8,7 @@ from .arithmetic import INFINITY, ONE, exp
 from .compiling import helper, kernel
 from .memory import code, get, load, packed, put, size_of
 
-_PART = 1024  # values converted at once
+_PART = 1024  # values converted together
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:

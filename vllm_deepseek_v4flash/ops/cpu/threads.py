@@ -1,4 +1,4 @@
-"""How a kernel is called: with room for what it computes on the way, and by several threads if it has enough to do."""
+"""Calls a kernel with scratch memory, on several threads if it has enough work."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 _WORTH_A_THREAD = 1.5e6
-"""Multiplications, 100 us or more: a thread takes some 50 us to hand its part over."""
+"""Multiplications, 100 us or more: handing a part to a thread takes about 50 us."""
 
 
 class _Room(threading.local):
-    """fp32 values that a thread's kernels compute with; grows and is kept. And who listens to that thread."""
+    """A thread's scratch memory, fp32 values, which grows and is kept; and the recorder of what the thread runs."""
 
     values = torch.empty(0)
     recorder: Callable[..., None] | None = None
@@ -32,7 +32,7 @@ _room = _Room()
 
 
 def run(kernel: Callable[..., None], items: int, work: float, room: int, *args: Any) -> None:
-    """Call `kernel(begin, end, address, *args)` until all of range(items) is done, in as many threads as are worth it.
+    """Call `kernel(begin, end, address, *args)` until all of range(items) is done, on as many threads as pay off.
 
     Not Numba's own threads: theirs and torch's would spin for the same cores.
 
@@ -61,12 +61,12 @@ def run(kernel: Callable[..., None], items: int, work: float, room: int, *args: 
 
 
 def record(recorder: Callable[..., None] | None) -> None:
-    """Tell `recorder(kernel, function, arguments, room)` of each kernel that this thread runs from here on."""
+    """Tell `recorder(kernel, function, arguments, room)` of each kernel that this thread runs from now on."""
     _room.recorder = recorder
 
 
 def _entry(kernel: Any) -> Callable[..., None]:
-    """The compiled function itself: Numba's dispatcher before it looks at the type of every argument."""
+    """The compiled function itself: without Numba's dispatcher, which inspects the type of every argument."""
     (compiled,) = kernel.overloads.values()
     return compiled.entry_point
 

@@ -1,4 +1,4 @@
-"""Vectors of fp32 lanes, for products whose sums must be taken in one order whatever the shape of a tile.
+"""Vectors of fp32 lanes, for products whose sums must be taken in one order, independent of the shape of a tile.
 
 LLVM vectorises a plain loop in an order of its own choice, which differs between loops: a token's result would depend
 on how many tokens are computed with it.
@@ -35,7 +35,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _pointer(builder: Any, address: Any, index: Any, element: Any) -> Any:
-    """To LANES elements from element `index` on."""
+    """Pointer to LANES elements, starting at element `index`."""
     first = builder.gep(builder.inttoptr(address, element.as_pointer()), [index])
     return builder.bitcast(first, ir.VectorType(element, LANES).as_pointer())
 
@@ -64,7 +64,7 @@ def _spread(builder: Any, value: Any, kind: Any) -> Any:
 
 
 lanes = _loader(ir.FloatType(), lambda _, x: x)
-"""The LANES fp32 values from element `index` (second argument) on."""
+"""The LANES fp32 values starting at element `index` (second argument)."""
 lanes_bf16 = _loader(ir.IntType(16), _widened)
 lanes_fp16 = _loader(ir.HalfType(), lambda builder, x: builder.fpext(x, _FLOATS))
 
@@ -98,7 +98,7 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def put_lanes(typing_context: Any, address: Any, index: Any, vector: Any) -> Any:
-    """Store all lanes from element `index` on."""
+    """Store all lanes, starting at element `index`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, index, vector = arguments
@@ -112,7 +112,7 @@ def _sums(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """The sums of the lanes of four vectors, as a vector of four."""
 
     def together(x: Any, y: Any, run: int) -> Any:
-        """Sums over runs twice as long, of x and y by turns."""
+        """Sums over runs twice as long, alternately of x and y."""
         left = [2 * i * run + j + k * LANES for i in range(LANES // 2 // run) for k in (0, 1) for j in range(run)]
         return _added(builder, x, y, left, [i + run for i in left])
 
