@@ -223,5 +223,6 @@ class DeepseekV4ForCausalLM(nn.Module):
         return load_weights(
             self, self.config, weights, local_layers=layers, local_experts=experts.held,
             first_stage=stage.is_first_rank, last_stage=stage.is_last_rank,
-            packed=getattr(self.quant_config, "plan", None), merged=merged_parts(self),
+            quantization=getattr(self.quant_config, "source", None), packed=getattr(self.quant_config, "plan", None),
+            merged=merged_parts(self),
         )  # fmt: skip

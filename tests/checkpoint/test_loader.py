@@ -60,7 +60,7 @@ def test_mtp_is_skipped_and_counted(tensors: dict[str, torch.Tensor], monkeypatc
     monkeypatch.setattr(loader.logger, "info", lambda message, *values: messages.append(message % values))
     mtp = {"mtp.0.e_proj.weight": torch.zeros(1), "model.mtp.1.norm.weight": torch.zeros(2)}
     load_weights(FakeModel(CONFIG), CONFIG, {**mtp, **tensors}.items())
-    assert messages == ["Skipped 2 mtp.* tensors: multi-token prediction is not served."]
+    assert messages == ["Skipped 2 mtp.* tensors: multi-token prediction is not supported."]
 
 
 def _refused(tensors: dict[str, torch.Tensor], extra: Iterable[tuple[str, torch.Tensor]] = ()) -> str:
@@ -77,7 +77,7 @@ def test_missing(tensors: dict[str, torch.Tensor]) -> None:
 def test_missing_expert(tensors: dict[str, torch.Tensor]) -> None:
     name = "layers.2.ffn.experts.6.w3.weight"
     rest = {key: tensor for key, tensor in tensors.items() if key != name}
-    assert f"1 missing tensors; nothing is served.\n  missing: {name}: should be [56, 200]" in _refused(rest)
+    assert _refused(rest).endswith(f"does not fit its config.json: 1 missing\n  missing: {name}: should be [56, 200]")
 
 
 @pytest.mark.parametrize(
@@ -85,25 +85,26 @@ def test_missing_expert(tensors: dict[str, torch.Tensor]) -> None:
 )
 def test_unexpected(name: str, tensors: dict[str, torch.Tensor]) -> None:
     message = _refused(tensors, [(name, torch.zeros(3, 4))])
-    assert f"unexpected: {name}: has [3, 4] float32" in message
+    assert f"unexpected: {name}: has [3, 4] F32; config.json asks for no such tensor" in message
 
 
 def test_duplicate_under_two_names(tensors: dict[str, torch.Tensor]) -> None:
     other = "model.layers.1.self_attn.q_a_proj.weight"
     message = _refused(tensors, [(other, tensors[WQ_A])])
-    assert f"duplicate: {other}: has [72, 200], already read as {WQ_A}; both are {WQ_A}" in message
+    assert f"1 duplicate\n  duplicate: {other}: has [72, 200] F32; {WQ_A} is the same tensor" in message
 
 
 def test_duplicate_of_a_fused_expert(tensors: dict[str, torch.Tensor]) -> None:
     stack = fuse_experts(CONFIG, tensors)["layers.0.ffn.experts.down_proj"]
     message = _refused(tensors, [("layers.0.ffn.experts.down_proj", stack)])
-    assert "7 duplicate tensors" in message
-    assert "both are layers.0.ffn.experts.0.w2.weight" in message
+    assert "7 duplicate\n" in message
+    expert = "layers.0.ffn.experts.0.w2.weight"
+    assert f"duplicate: {expert}: is stored separately and in layers.0.ffn.experts.down_proj" in message
 
 
 def test_mis_shaped(tensors: dict[str, torch.Tensor]) -> None:
     message = _refused({**tensors, WQ_A: tensors[WQ_A].T.contiguous()})
-    assert f"mis-shaped: {WQ_A}: has [200, 72] float32, should be [72, 200]" in message
+    assert f"mis-shaped: {WQ_A}: has [200, 72] F32, should be [72, 200]" in message
     assert "missing" not in message
 
 
@@ -111,19 +112,20 @@ def test_mis_shaped_stack(tensors: dict[str, torch.Tensor]) -> None:
     fused = fuse_experts(CONFIG, tensors)
     name = "layers.0.ffn.experts.gate_up_proj"
     message = _refused({**fused, name: fused[name].transpose(1, 2)})
-    assert f"1 mis-shaped tensors; nothing is served.\n  mis-shaped: {name}: has [7, 200, 112]" in message
-    assert "should be [7, 112, 200]" in message
+    assert f"1 mis-shaped\n  mis-shaped: {name}: has [7, 200, 112] F32, should be [7, 112, 200]" in message
 
 
 def test_integer_table_in_float(tensors: dict[str, torch.Tensor]) -> None:
     name = "layers.0.ffn.gate.tid2eid"
     message = _refused({**tensors, name: tensors[name].float()})
-    assert f"mis-typed: {name}: has [301, 3] float32, should be int64 or int32" in message
+    assert f"mis-typed: {name}: has [301, 3] F32, should be I64 or I32" in message
 
 
 def test_integer_weight(tensors: dict[str, torch.Tensor]) -> None:
     message = _refused({**tensors, WQ_A: tensors[WQ_A].to(torch.int64)})
-    assert f"mis-typed: {WQ_A}: has [72, 200] int64, should be float32, bfloat16 or float16" in message
+    assert (
+        "1 format\n  format: layers.1.attn.wq_a: has weight [72, 200] I64, should be a weight in BF16, F16" in message
+    )
 
 
 @pytest.mark.parametrize("wrong", [-1, 7])
@@ -136,13 +138,14 @@ def test_expert_ids_out_of_range(wrong: int, tensors: dict[str, torch.Tensor]) -
     assert "should be 0 to n_routed_experts - 1 = 6" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_quantised_weight_and_scale(dtype: torch.dtype, tensors: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize(("dtype", "code"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantised_weight_and_scale(dtype: torch.dtype, code: str, tensors: dict[str, torch.Tensor]) -> None:
     scale = "layers.1.attn.wq_a.scale"
     message = _refused({**tensors, WQ_A: tensors[WQ_A].to(dtype)}, [(scale, torch.ones(1, 2))])
-    assert f"quantised: {WQ_A}: has [72, 200] {str(dtype).removeprefix('torch.')}" in message
-    assert f"quantised: {scale}: has [1, 2] float32" in message
-    assert "config.json has no quantization_config that this package serves" in message
+    assert (
+        f"1 format\n  format: layers.1.attn.wq_a: has weight [72, 200] {code}, scale [1, 2] F32, should be" in message
+    )
+    assert "config.json has no quantization_config. Restore the one" in message
 
 
 def test_packed_weights_are_quantised_not_missing(tensors: dict[str, torch.Tensor]) -> None:
@@ -150,14 +153,22 @@ def test_packed_weights_are_quantised_not_missing(tensors: dict[str, torch.Tenso
     packed = "model.layers.1.self_attn.q_a_proj"
     leaves = [(f"{packed}.qweight", torch.zeros(25, 72).int()), (f"{packed}.scales", torch.zeros(2, 72))]
     message = _refused(rest, leaves)
-    assert "2 quantised tensors; nothing is served." in message
+    assert "1 format\n  format: layers.1.attn.wq_a: has qweight [25, 72] I32, scales [2, 72] F32, should be" in message
     assert "missing" not in message
+
+
+def test_a_bias_of_zeros_is_dropped_and_any_other_refused(tensors: dict[str, torch.Tensor]) -> None:
+    model, bias = FakeModel(CONFIG), WQ_A.replace("weight", "bias")
+    load_weights(model, CONFIG, [*tensors.items(), (bias, torch.zeros(72))])
+    _check_filled(model, SPEC, tensors)
+    message = _refused(tensors, [(bias, torch.ones(72))])
+    assert f"1 mis-valued\n  mis-valued: {bias}: tensor bias is not zero" in message
 
 
 def test_long_lists_are_cut() -> None:
     message = _refused({})
     assert message.count("\n  missing: ") == 20
-    assert f"... and {len(names.expected_tensors(CONFIG)) - 20} more" in message
+    assert f"... and {len(names.expected_tensors(CONFIG)) - 20} more missing" in message
 
 
 def test_pipeline_stages_together_fill_the_model(tensors: dict[str, torch.Tensor]) -> None:
@@ -250,7 +261,7 @@ def test_a_router_bias_where_none_belongs_is_unexpected_not_quantised(tensors: d
     with pytest.raises(CheckpointError) as error:
         load_weights(FakeModel(CONFIG), CONFIG, stored)
     assert f"unexpected: {stray}" in str(error.value)
-    assert "quantised" not in str(error.value)
+    assert "format" not in str(error.value)
     assert "gate.weight" not in str(error.value)
 
 

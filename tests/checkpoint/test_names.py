@@ -19,7 +19,7 @@ STYLES = get_args(names.Style)
 
 
 def _keys(directory: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
@@ -170,7 +170,7 @@ def test_fused_parts_are_the_experts_tensors(tmp_path: Path) -> None:
     spec = CONFIGS["odd"]
     tensors = random_tensors(spec)
     directory = write_checkpoint(tmp_path, spec, fused=True, tensors=tensors)
-    rebuilt = {}
+    rebuilt: dict[str, torch.Tensor] = {}
     with safe_open(directory / "model.safetensors", "pt") as stored:
         for key in stored.keys():  # noqa: SIM118
             native = native_name(key)

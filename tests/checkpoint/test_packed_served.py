@@ -36,7 +36,7 @@ def resident_share(model: torch.nn.Module) -> float:
     return packed / dense
 
 
-def shared_experts_ride(model: torch.nn.Module) -> bool:
+def shared_experts_ride(model: Any) -> bool:
     """Whether every layer's shared expert is one of the stacked experts, or none is."""
     (found,) = {layer.ffn.shared_experts is None for layer in model.model.layers}
     experts = {layer.ffn.experts.local_experts for layer in model.model.layers}

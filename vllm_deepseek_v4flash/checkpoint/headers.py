@@ -90,6 +90,14 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
     return tensors
 
 
+def holds_weights(directory: str | Path) -> bool:
+    """Whether `directory` is one, with an index, shards or pickles in it."""
+    directory = Path(directory)
+    return (directory / INDEX).exists() or any(
+        True for pattern in ("*.safetensors", *_PICKLES) for _ in directory.glob(pattern)
+    )
+
+
 def read_file_header(file: Path) -> list[TensorHeader]:
     """The tensors of one safetensors file, in the order of their bytes.
 

@@ -14,7 +14,7 @@ from vllm_deepseek_v4flash import __version__
 
 if TYPE_CHECKING:
     from vllm_deepseek_v4flash.inspect.capacity import Capacity
-    from vllm_deepseek_v4flash.inspect.survey import Report
+    from vllm_deepseek_v4flash.inspect.contents import Report
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}
@@ -100,8 +100,8 @@ def _share(text: str) -> float:
 def _inspect(options: argparse.Namespace) -> int:
     # Imported here: they bring torch, which `--help` and a wrong option need not wait for.
     from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
+    from vllm_deepseek_v4flash.inspect.contents import inspect_checkpoint
     from vllm_deepseek_v4flash.inspect.report import as_json, as_text
-    from vllm_deepseek_v4flash.inspect.survey import inspect_checkpoint
 
     try:
         report = inspect_checkpoint(options.directory)

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..checkpoint.survey import problem_lines, scheme_label
 from ..config import LayerKind
 from .capacity import Capacity, Fit
-from .survey import MAX_LISTED, Problem, Report, scheme_label
+from .contents import Report
 
 _GIB = 1 << 30
 
@@ -18,7 +19,8 @@ def as_text(report: Report, capacity: Capacity | None, reasons: Sequence[str], f
     """The whole report; `flags` are the options of `vllm serve` besides those that this module works out."""
     lines = [*_summary(report), "", *_module_table(report)]
     if report.problems:
-        lines += ["", *_problem_lines(report.problems)]
+        counts, *problems = problem_lines(report.problems, "--json lists all")
+        lines += ["", f"problems: {counts}", *problems]
     if capacity is not None:
         lines += ["", *_capacity_lines(capacity, flags)]
     lines += ["", *_verdict(reasons)]
@@ -113,20 +115,6 @@ def _module_table(report: Report) -> list[str]:
         for row in report.rows
     ]
     return _table(("module", "format", "stored as", "group", "shape", "count", "bytes"), body, left=3)
-
-
-def _problem_lines(problems: Sequence[Problem]) -> list[str]:
-    counts = Counter(problem.kind for problem in problems)
-    lines = ["problems: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items())]
-    shown: Counter[str] = Counter()
-    for problem in problems:
-        shown[problem.kind] += 1
-        if shown[problem.kind] <= MAX_LISTED:
-            lines.append(f"  {problem.kind}: {problem.name}: {problem.text}")
-    for kind, count in counts.items():
-        if count > MAX_LISTED:
-            lines.append(f"  ... and {count - MAX_LISTED:,} more {kind} (--json lists all)")
-    return lines
 
 
 def _capacity_lines(capacity: Capacity, flags: Sequence[str]) -> list[str]:

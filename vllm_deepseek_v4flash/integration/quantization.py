@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ..checkpoint.formats import is_supported
+from ..checkpoint.headers import TensorHeader, holds_weights, read_headers
+from ..checkpoint.survey import refuse, survey
 from ..config import MODEL_TYPE, DeepseekV4Config
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from ..ops.packed_weight import Scheme
 
 NAME = "deepseek_v4flash"
+# The load formats of vLLM that read the *.safetensors of a directory.
+_READ_AS_SAFETENSORS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 
 class DeepseekV4QuantConfig(QuantizationConfig):
@@ -58,16 +63,14 @@ class DeepseekV4QuantConfig(QuantizationConfig):
         return NAME if is_supported(str((hf_quant_cfg or {}).get("quant_method"))) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read the checkpoint's safetensors headers and plan how each packed module is stored.
+        """Survey the checkpoint's safetensors headers, and plan how each packed module is stored.
 
         Raises:
-            QuantizationError, CheckpointError: before anything is allocated.
+            CheckpointError: it does not fit its config.json, with every reason; nothing is allocated yet.
         """
-        from ..checkpoint.plan import plan_weights
-
-        self.plan = plan_weights(
-            DeepseekV4Config.from_hf(hf_config), self.source, _stored_tensors(model_name, revision)
-        )
+        found = survey(DeepseekV4Config.from_hf(hf_config), self.source, _headers(model_name, revision))
+        refuse(found.problems)
+        self.plan = found.plan()
         self.schemes = {module: packed.scheme for module, packed in self.plan.items()}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -77,13 +80,27 @@ class DeepseekV4QuantConfig(QuantizationConfig):
         return method_for(layer, prefix, self.schemes)
 
 
-def _stored_tensors(model: str, revision: str | None) -> list[tuple[str, str, tuple[int, ...], str]]:
-    """Name, dtype code, shape and file of each tensor, from the headers in a directory or a hub repository."""
-    if Path(model).is_dir():
-        from ..checkpoint.headers import read_headers
+def check_unquantised(config: DeepseekV4Config, model: str, load_format: str) -> None:
+    """Survey a directory whose config.json has no `quantization_config`; for these vLLM makes no config to ask.
 
-        return [(t.name, t.dtype, t.shape, t.file.name) for t in read_headers(model).values()]
+    What is not in a directory, or not read by vLLM's default loader, is surveyed as it is loaded.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit its config.json, with every reason; nothing is allocated yet.
+    """
+    if load_format in _READ_AS_SAFETENSORS and holds_weights(model):
+        refuse(survey(config, None, read_headers(model).values()).problems)
+
+
+def _headers(model: str, revision: str | None) -> Iterable[TensorHeader]:
+    """The header of each tensor in a directory or a hub repository."""
+    if Path(model).is_dir():
+        return read_headers(model).values()
     from huggingface_hub import get_safetensors_metadata
 
     files = get_safetensors_metadata(model, revision=revision).files_metadata.items()
-    return [(name, t.dtype, tuple(t.shape), file) for file, data in files for name, t in data.tensors.items()]
+    return [
+        TensorHeader(t.dtype, tuple(t.shape), name, Path(file))
+        for file, data in files
+        for name, t in data.tensors.items()
+    ]

@@ -50,9 +50,9 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
     """Refuse options that this model does not implement.
 
     Raises:
-        ValueError: naming the option, its value and the fix.
+        ValueError: naming the option, its value and the fix; the tensors of an unquantised checkpoint that do not fit.
     """
-    from .quantization import NAME
+    from .quantization import NAME, check_unquantised
 
     speculative = vllm_config.speculative_config
     if speculative is not None:
@@ -76,6 +76,8 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
     config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
     check_cache_options(config, vllm_config)
     check_parallelism(config, vllm_config.parallel_config)
+    if method is None:
+        check_unquantised(config, vllm_config.model_config.model, str(vllm_config.load_config.load_format))
 
 
 def check_cache_options(config: DeepseekV4Config, vllm_config: VllmConfig) -> None:

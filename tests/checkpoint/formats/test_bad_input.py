@@ -71,7 +71,7 @@ def test_cut_short(make: Make) -> None:
         if leaf in ("weight", "qweight", "weight_packed"):
             continue
         short = with_leaf(case, leaf, tensor[:-1])
-        for text in (message(lambda short=short: describe(short)), *both(short, scheme)):
+        for text in (message(partial(describe, short)), *both(short, scheme)):
             assert text.startswith(f"{case.module}: tensor {leaf} has shape ["), text
             assert "should be" in text
 
@@ -89,7 +89,7 @@ def test_wrong_dtype(make: Make) -> None:
     case = make()
     for leaf, tensor in case.leaves.items():
         wrong = with_leaf(case, leaf, torch.zeros(tensor.shape, dtype=torch.int16))
-        text = message(lambda wrong=wrong: describe(wrong))
+        text = message(partial(describe, wrong))
         assert text.startswith(f"{case.module}: tensor {leaf} has dtype I16, should be ")
 
 
@@ -106,7 +106,7 @@ def test_missing_and_unexpected(make: Make) -> None:
             form = format_of(rest.config)
             assert torch.equal(form.dequantise(rest.leaves, describe(rest)), case.weight)
         else:
-            assert message(lambda rest=rest: describe(rest)).startswith(f"{case.module}: ")
+            assert message(partial(describe, rest)).startswith(f"{case.module}: ")
     text = message(lambda: describe(with_leaf(case, "weight_scale_2", torch.zeros(1))))
     assert "unexpected tensor weight_scale_2" in text
 

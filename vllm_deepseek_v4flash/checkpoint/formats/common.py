@@ -24,10 +24,14 @@ class Leaf:
     required: bool = True
 
 
+def is_router_parameter(module: str, leaf: str) -> bool:
+    """Whether a tensor is a parameter of its own although it is named like a leaf of the router's weight."""
+    return leaf in _ROUTER_PARAMETERS and module.endswith("ffn.gate")
+
+
 def weight_leaves(module: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that make up the module's weight."""
-    skipped = _ROUTER_PARAMETERS if module.endswith("ffn.gate") else ()
-    return {leaf: value for leaf, value in leaves.items() if leaf not in skipped}
+    return {leaf: value for leaf, value in leaves.items() if not is_router_parameter(module, leaf)}
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -29,7 +29,7 @@ from testing.tiny import write_checkpoint as write_tiny
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
 from vllm_deepseek_v4flash.checkpoint.names import Style, expected_tensors
 from vllm_deepseek_v4flash.inspect.capacity import Capacity, Limits, division_problems, plan_capacity
-from vllm_deepseek_v4flash.inspect.survey import Report, inspect_checkpoint, model_dtype
+from vllm_deepseek_v4flash.inspect.contents import Report, inspect_checkpoint, model_dtype
 from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
 
 GIB = 1 << 30
@@ -159,9 +159,11 @@ BROKEN: dict[str, tuple[Callable[[Declared], object], str, str, str]] = {
     "unexpected": (_put("layers.9.attn.wq_a.weight", "BF16", 2, 2), "unexpected", "layers.9.attn.wq_a.weight", "BF16"),
     "no such name": (_put("rotary.inv_freq", "F32", 32), "unexpected", "rotary.inv_freq", r"\[32\] F32"),
     "router of a hash layer": (_put("layers.0.ffn.gate.bias", "F32", 8), "unexpected", "layers.0.ffn.gate.bias", "F32"),
-    "plain of a wrong shape": (_put("head.weight", "BF16", 5, 4096), "mis-shaped", "head", r"\[5, 4096\].*\[129280"),
+    "plain of a wrong shape": (
+        _put("head.weight", "BF16", 5, 4096), "mis-shaped", "head.weight", r"\[5, 4096\].*\[129280",
+    ),
     "norm of a wrong shape": (_put("norm.weight", "BF16", 5), "mis-shaped", "norm.weight", r"\[5\] BF16.*\[4096\]"),
-    "bare of a wrong type": (_put("hc_head_base", "I32", 4), "mis-typed", "hc_head_base", "I32, should be BF16 or"),
+    "bare of a wrong type": (_put("hc_head_base", "I32", 4), "mis-typed", "hc_head_base", "I32, should be BF16, F16"),
     "table of a wrong type": (
         _put("layers.0.ffn.gate.tid2eid", "F32", 129280, 6), "mis-typed", "layers.0.ffn.gate.tid2eid", "should be I64",
     ),

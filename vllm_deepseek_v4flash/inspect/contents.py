@@ -1,0 +1,156 @@
+"""What a checkpoint directory holds, from config.json and the safetensors headers alone: what `inspect` reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.headers import DTYPE_BITS, TensorHeader, read_headers
+from ..checkpoint.plan import HELD_UNPACKED
+from ..checkpoint.survey import Problem, Survey, survey
+from ..config import DeepseekV4Config
+from ..ops.packed_weight import Scheme
+from .capacity import ResidentTensor
+
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# What the model keeps in fp32 (tid2eid in int32) whatever its dtype; see `layers/`.
+_FOUR_BYTES = re.compile(r"hc_|.*\.(hc_\w+|attn_sink|ape|bias|tid2eid)$")
+
+Alike = tuple[str, Scheme, tuple[int, ...], str]
+"""What the modules of one row of the table share: name pattern, scheme, shape, stored dtype."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules that are stored alike: `*` in `module` stands for layer and expert numbers."""
+
+    module: str
+    scheme: Scheme
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect_checkpoint` found. Bytes are those of the files."""
+
+    directory: Path
+    config: DeepseekV4Config
+    method: str
+    rows: tuple[Row, ...]
+    problems: tuple[Problem, ...]
+    tensors: int
+    nbytes: int
+    skipped: int
+    """Tensors of mtp.* blocks, which are not loaded."""
+    skipped_bytes: int
+    resident: tuple[ResidentTensor, ...]
+
+
+def inspect_checkpoint(directory: str | Path) -> Report:
+    """Read config.json and every header, and compare each module with what the config asks for.
+
+    Raises:
+        CheckpointError: there is nothing to compare: no directory, no or another model's config.json, files that
+            `read_headers` refuses. Everything else is in `Report.problems`.
+    """
+    directory = Path(directory)
+    values = read_config(directory)
+    try:
+        config = DeepseekV4Config.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
+    quantization = quantization_config(values)
+    stored = read_headers(directory).values()
+    found = survey(config, quantization, stored)
+    skipped_bytes = sum(tensor.nbytes for tensor in found.skipped)
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return Report(
+        directory, config, str(method or "none"), rows(found), tuple(found.problems),
+        len(stored) - len(found.skipped), sum(tensor.nbytes for tensor in stored) - skipped_bytes,
+        len(found.skipped), skipped_bytes, residents(found, _DTYPE_BYTES[model_dtype(values)]),
+    )  # fmt: skip
+
+
+def quantization_config(values: Mapping[str, Any]) -> Any:
+    """What config.json says of the quantisation, under either of the names that vLLM reads."""
+    found = values.get("quantization_config")
+    return values.get("compression_config") if found is None else found
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a mapping; CheckpointError says what is wrong with it."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: name the one that holds config.json and the shards")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json: name the directory of a downloaded checkpoint")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is a JSON {type(values).__name__}, should be an object")
+    return values
+
+
+def model_dtype(values: Mapping[str, Any]) -> str:
+    """The dtype that vLLM's `--dtype auto` gives the model: the config's, but bfloat16 for float32 or none."""
+    name = str(values.get("torch_dtype") or values.get("dtype") or "bfloat16").removeprefix("torch.")
+    return name if name in ("bfloat16", "float16") else "bfloat16"
+
+
+def rows(found: Survey) -> tuple[Row, ...]:
+    """The table, in the order of the model; vectors and mHC's small matrices come last."""
+    counts: Counter[Alike] = Counter()
+    sizes: Counter[Alike] = Counter()
+
+    def add(key: Alike, nbytes: int) -> None:
+        counts[key] += 1
+        sizes[key] += nbytes
+
+    vectors: list[TensorHeader] = []
+    for module, scheme in found.schemes.items():
+        leaves = found.leaves[module]
+        if len(scheme.shape) != 2:
+            vectors.append(leaves["weight"])
+            continue
+        nbytes = sum(tensor.nbytes for tensor in leaves.values())
+        add((_pattern(module), scheme, scheme.shape, _weight_dtype(leaves)), nbytes)
+    for native, tensor in found.fused.items():
+        add((_pattern(native), Scheme("plain"), tensor.shape, tensor.dtype), tensor.nbytes)
+    for tensor in vectors:
+        add(("norms", Scheme("plain"), (), tensor.dtype), tensor.nbytes)
+    for native, tensor in found.tensors.items():
+        if native in found.expected and not native.endswith(".weight"):
+            add(("sinks, ape, mHC, router biases and tables", Scheme("plain"), (), tensor.dtype), tensor.nbytes)
+    return tuple(Row(*key, count, sizes[key]) for key, count in counts.items())
+
+
+def residents(found: Survey, value_bytes: int) -> tuple[ResidentTensor, ...]:
+    """Every weight as the model will hold it, with equal ones counted together; a plain value takes `value_bytes`."""
+    counts: Counter[ResidentTensor] = Counter()
+    for native, spec in found.expected.items():
+        module = native.removesuffix(".weight")
+        held = None if module in HELD_UNPACKED else found.schemes.get(module)
+        size = 4 if _FOUR_BYTES.match(native) else value_bytes
+        counts[ResidentTensor(_pattern(module), spec.shape, held or Scheme("plain"), size)] += 1
+    return tuple(dataclasses.replace(tensor, count=count) for tensor, count in counts.items())
+
+
+def _weight_dtype(leaves: Mapping[str, TensorHeader]) -> str:
+    """The stored type of the weight itself: its largest leaf's."""
+    return max(leaves.values(), key=lambda tensor: (tensor.nbytes, DTYPE_BITS[tensor.dtype])).dtype
+
+
+def _pattern(native: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", native)
