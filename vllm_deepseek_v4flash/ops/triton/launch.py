@@ -22,10 +22,14 @@ class Device:
     """Whether the device has instructions that convert e4m3 (SM89 and newer); older ones use bit arithmetic."""
 
 
-class Strided(NamedTuple):
-    """Rows of a matrix [N, D], each contiguous; a kernel's argument."""
+Pointer = Any
+"""A member of a struct that is a tensor to the wrapper and a pointer to the kernel."""
 
-    data: torch.Tensor
+
+class Strided(NamedTuple):
+    """Rows of a matrix [N, D], each contiguous."""
+
+    data: Pointer
     stride: int
     """Elements from one row to the next."""
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import block, launch
+from .launch import Pointer, block, launch
 
 _TILE = 512  # logits of one program, which is one warp: its many reductions then need no barrier
 
@@ -14,7 +14,7 @@ _TILE = 512  # logits of one program, which is one warp: its many reductions the
 class Logits(NamedTuple):
     """[T, E]; strides in elements."""
 
-    data: torch.Tensor
+    data: Pointer
     token_stride: int
     expert_stride: int
 
