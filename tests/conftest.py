@@ -35,8 +35,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     correct()
 
 
+# The tests of these files share nothing: each starts its own pytest.
+OWN_PYTEST = ("test_v2_runner.py", "test_compiled_kernels.py")
 # Tests that take minutes start first, so that no worker is left with one when the others have finished.
-LONGEST = ("test_v2_runner.py", "checks", "serving", "scheduler", "examples", "test_demo.py", "test_parity.py")
+LONGEST = (*OWN_PYTEST, "checks", "serving", "scheduler", "examples", "test_demo.py", "test_parity.py", "test_traps.py")
 # The tests of each of these folders share a server, or the results of an engine.
 SHARING = ("serving", "scheduler")
 
@@ -52,8 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            # These share nothing: each starts its own pytest.
-            if _top(nodeid) == "test_v2_runner.py":
+            if _top(nodeid) in OWN_PYTEST:
                 return nodeid
             return _top(nodeid) if _top(nodeid) in SHARING else nodeid.partition("::")[0]
 
