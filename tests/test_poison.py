@@ -1,6 +1,7 @@
 """testing/poison.py and tests/conftest.py. Without them other tests could pass for the wrong reason."""
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 
 from testing.poison import poison_integer, poisoning
-from tests import conftest
 
 
 def call_from(module, expression, **names):
@@ -75,11 +75,17 @@ def test_parameters_of_our_layers_start_as_nan():
     assert all(parameter.isnan().all() for parameter in module.parameters())
 
 
+@pytest.fixture
+def conftest(request):
+    """tests/conftest.py, as pytest has loaded it."""
+    return request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+
+
 def draw():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_numbers_depend_on_the_test_alone(request):
+def test_numbers_depend_on_the_test_alone(conftest, request):
     drawn = draw()
     conftest.seed_all("another test")
     assert draw() != drawn
@@ -87,7 +93,7 @@ def test_numbers_depend_on_the_test_alone(request):
     assert draw() == drawn
 
 
-def test_gpu_tests_are_skipped_with_a_reason(monkeypatch):
+def test_gpu_tests_are_skipped_with_a_reason(conftest, monkeypatch):
     item: Any = SimpleNamespace(get_closest_marker={"gpu": object()}.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(pytest.skip.Exception, match="needs a CUDA device, and torch"):
