@@ -10,6 +10,7 @@ import torch
 from testing.fixtures import PARTIAL, WHOLE, fixture, headers, sha256
 from testing.format_cases import CASES, Case, Make
 from vllm_deepseek_v4flash.checkpoint.formats import FORMATS, format_of, is_supported, register
+from vllm_deepseek_v4flash.log import warning_once
 from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, Scheme, canonical_shapes, dequantise
 
 RANDOM = [
@@ -96,9 +97,7 @@ def test_a_zero_point_of_0_borrows_and_wraps_in_gptq_v1() -> None:
 
 
 def test_mislabelled_auto_round_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    from vllm_deepseek_v4flash.checkpoint.formats import auto_round
-
-    auto_round._told.clear()
+    warning_once.cache_clear()
     case = CASES["auto-round"]["mislabelled-asym"]()
     with caplog.at_level("WARNING", logger="vllm.deepseek_v4flash"):
         described(case)

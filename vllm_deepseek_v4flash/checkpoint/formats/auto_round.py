@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from vllm_deepseek_v4flash.log import logger_name
+from vllm_deepseek_v4flash.log import logger_name, warning_once
 
 from ...ops.packed_weight import QuantizationError, Scheme
 from ..headers import TensorHeader
@@ -35,7 +35,6 @@ _MISLABELLED = (
     "written by AutoRound's model-free path (%s), which stores asymmetric zero points less one: "
     "read as 'auto_round:auto_gptq'"
 )
-_told: set[str] = set()
 
 
 def _override(config: Mapping[str, Any], module: str) -> tuple[str, Mapping[str, Any], bool] | None:
@@ -84,10 +83,7 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
     source = _LAYOUTS[label]
     if label == "auto_round" and config.get("model_free"):
         source = gptq.V1
-        version = str(config.get("autoround_version", "no version given"))
-        if version not in _told:
-            _told.add(version)
-            logger.warning(_MISLABELLED, version)
+        warning_once(logger, _MISLABELLED, str(config.get("autoround_version", "no version given")))
     if data_type != "int":
         bits = f"{bits} ({data_type})"
     settings = gptq.Settings(bits, group_size, bool(symmetric))

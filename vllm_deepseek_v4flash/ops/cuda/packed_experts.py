@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...log import logger_name
+from ...log import info_once, logger_name
 from ..dispatch import OPS_ENV, chosen
 from ..packed_weight import Scheme
 from ..triton.packed_experts import packed_experts as triton_packed_experts
@@ -44,9 +44,17 @@ def packed_experts(
     """
     reason = unsuitable(x.dtype, scheme13, scheme2, x.shape[1], w2)
     if reason is not None:
-        _tell(reason, chosen())
+        if chosen() == "cuda":
+            raise ValueError(
+                f"{OPS_ENV}=cuda: csrc/'s experts cannot compute {reason}. Leave {OPS_ENV} unset for Triton's kernels."
+            )
+        info_once(logger, "Experts run in Triton's kernels only; csrc/'s cannot compute %s.", reason)
     else:
-        _tell_bound()
+        info_once(
+            logger,
+            "Experts run in csrc/'s kernels for up to %d tokens at a time, and in Triton's beyond.",
+            MOST_TOKENS,
+        )
     if reason is not None or not 0 < x.shape[0] <= MOST_TOKENS:
         return triton_packed_experts(
             x, w13, w2, scheme13, scheme2, topk_weights, topk_ids, swiglu_limit=swiglu_limit, first_expert=first_expert
@@ -83,20 +91,6 @@ def unsuitable(
         if columns % _COLUMNS or not whole:
             return f"{columns} columns in groups of {scheme.group_size}, not in whole steps of {_COLUMNS}"
     return None
-
-
-@functools.cache
-def _tell(reason: str, choice: str) -> None:
-    if choice == "cuda":
-        raise ValueError(
-            f"{OPS_ENV}=cuda: csrc/'s experts cannot compute {reason}. Leave {OPS_ENV} unset for Triton's kernels."
-        )
-    logger.info("Experts run in Triton's kernels only; csrc/'s cannot compute %s.", reason)
-
-
-@functools.cache
-def _tell_bound() -> None:
-    logger.info("Experts run in csrc/'s kernels for up to %d tokens at a time, and in Triton's beyond.", MOST_TOKENS)
 
 
 def _weights(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> ctypes._Pointer[Weights]:
