@@ -54,15 +54,17 @@ FLASH: dict[str, Any] = {
     "eos_token_id": 1,
     "expert_dtype": "fp4",
 }
-NATIVE_QUANTIZATION = {
+NATIVE_QUANTIZATION: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
     "quant_method": "fp8",
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
-GPTQ_QUANTIZATION = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-PACKED_QUANTIZATION = {
+GPTQ_QUANTIZATION: dict[str, Any] = {
+    "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
+}  # fmt: skip
+PACKED_QUANTIZATION: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
     "ignore": ["head", "re:.*compressor.*w(kv|gate)$", "re:.*weights_proj$", "re:.*ffn\\.gate$"],

@@ -1,21 +1,25 @@
 """Hyper-connections entry by entry in Python floats (docs/model.md, "Hyper-connections"), with bounds for fp32."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .numeric import FUNCTION, U32, U, assert_within, f64, normal
 
-OPTIONS = {"norm_eps": 1e-6, "hc_eps": 1e-6, "sinkhorn_iters": 20}
+OPTIONS: dict[str, Any] = {"norm_eps": 1e-6, "hc_eps": 1e-6, "sinkhorn_iters": 20}
 SHAPES = [(5, 4, 24), (1, 4, 100), (3, 3, 16), (2, 2, 8), (2, 1, 8), (67, 3, 40)]
 """(tokens, streams, hidden) that `mhc_pre` and `mhc_post_pre` are tested with."""
 
 
-def sigmoid(x):
+def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def mixes(streams, fn, norm_eps):
+def mixes(streams: torch.Tensor, fn: torch.Tensor, norm_eps: float) -> tuple[list[float], list[float]]:
     """m and how far fp32 sums may move it, each a list of len(fn) floats, for one token's streams [n, H]."""
     flat = [v for stream in f64(streams).tolist() for v in stream]
     norm = 1 / math.sqrt(sum(v * v for v in flat) / len(flat) + norm_eps)
@@ -28,7 +32,7 @@ def mixes(streams, fn, norm_eps):
     return values, errors
 
 
-def sinkhorn(logits, eps, iters):
+def sinkhorn(logits: Sequence[Sequence[float]], eps: float, iters: int) -> list[list[float]]:
     """Rows j (source) and columns k (destination): a softmax, one column step, then iters - 1 of both."""
     n = len(logits)
     c = []
@@ -36,7 +40,7 @@ def sinkhorn(logits, eps, iters):
         weights = [math.exp(v - max(row)) for v in row]
         c.append([w / sum(weights) + eps for w in weights])
 
-    def divide_columns():
+    def divide_columns() -> None:
         for k in range(n):
             total = sum(c[j][k] for j in range(n)) + eps
             for j in range(n):
@@ -51,14 +55,19 @@ def sinkhorn(logits, eps, iters):
     return c
 
 
-def weighted_sum(weights, streams):
+def weighted_sum(weights: Sequence[float], streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sum_i weights[i] streams[i] and the sum of magnitudes, both [H] fp64."""
     streams = f64(streams)
-    total = sum(w * s for w, s in zip(weights, streams, strict=True))
-    return total, sum(abs(w) * s.abs() for w, s in zip(weights, streams, strict=True))
+    total, size = torch.zeros_like(streams[0]), torch.zeros_like(streams[0])
+    for weight, stream in zip(weights, streams, strict=True):
+        total += weight * stream
+        size += abs(weight) * stream.abs()
+    return total, size
 
 
-def normed(x, bound, dtype, weight, eps):
+def normed(
+    x: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """An input of a sublayer after its norm, and a bound, from the fp64 x [H] before it and its bound."""
     # One rounding to the dtype, then the root of a mean of squares, which moves no more than the vector's norm does.
     bound = bound + U[dtype] * (x.abs() + bound)
@@ -68,18 +77,36 @@ def normed(x, bound, dtype, weight, eps):
     return y * weight, (bound * norm + (shift + 2 * U32) * y.abs()) * weight.abs()
 
 
-def tensor(rows):
+def tensor(rows: Sequence[float] | Sequence[Sequence[float]]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def leaving(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32):
+def leaving(
+    rng: torch.Generator,
+    device: torch.device,
+    *,
+    tokens: int = 5,
+    n: int = 4,
+    hidden: int = 24,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments of `mhc_post`: x, streams, post and comb."""
     x = normal(rng, tokens, hidden, device=device, dtype=dtype)
     streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
     return x, streams, normal(rng, tokens, n, device=device), normal(rng, tokens, n, n, device=device)
 
 
-def entering(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base=1.0, norm=False):
+def entering(
+    rng: torch.Generator,
+    device: torch.device,
+    *,
+    tokens: int = 5,
+    n: int = 4,
+    hidden: int = 24,
+    dtype: torch.dtype = torch.float32,
+    base: float = 1.0,
+    norm: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Arguments of `mhc_pre`: streams, fn, scale, base and norm_weight (None unless `norm`)."""
     streams = normal(rng, tokens, n, hidden, device=device, dtype=dtype)
     fn = normal(rng, (2 + n) * n, n * hidden, scale=(n * hidden) ** -0.5, device=device)
@@ -88,7 +115,18 @@ def entering(rng, device, *, tokens=5, n=4, hidden=24, dtype=torch.float32, base
     return streams, fn, scale, normal(rng, (2 + n) * n, scale=base, device=device), norm_weight
 
 
-def check_entered(actual, streams, fn, scale, base, norm_weight, *, norm_eps, hc_eps, sinkhorn_iters):
+def check_entered(
+    actual: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> None:
     """`actual` is what `mhc_pre` returns for these arguments: x, post and comb, token by token."""
     x, post, comb = actual
     assert (x.dtype, post.dtype, comb.dtype) == (streams.dtype, torch.float32, torch.float32)

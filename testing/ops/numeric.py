@@ -4,6 +4,8 @@ A sum of n fp32 products in any order errs by at most n * U32 * sum |a_i b_i|, a
 U[dtype] * |value|: that is where the bounds in these tests come from.
 """
 
+from __future__ import annotations
+
 import torch
 
 U32 = 2.0**-24
@@ -14,20 +16,33 @@ TINY = {torch.float64: 0.0, torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134,
 FUNCTION = 8 * U32
 
 
-def normal(rng, *shape, scale=1.0, device="cpu", dtype=torch.float32):
+def normal(
+    rng: torch.Generator,
+    *shape: int,
+    scale: float = 1.0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     return (torch.randn(shape, generator=rng) * scale).to(device=device, dtype=dtype)
 
 
-def integers(rng, low, high, *shape, device="cpu", dtype=torch.float32):
+def integers(
+    rng: torch.Generator,
+    low: int,
+    high: int,
+    *shape: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Whole numbers low..high as floats: their sums and products are exact in any order."""
     return torch.randint(low, high + 1, shape, generator=rng).to(device=device, dtype=dtype)
 
 
-def f64(x):
+def f64(x: torch.Tensor) -> torch.Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-def assert_within(actual, expected, bound):
+def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor | float) -> None:
     """`actual` is `expected` (fp64) to within `bound` plus the one rounding to the dtype of `actual`."""
     assert tuple(actual.shape) == tuple(expected.shape)
     bound = torch.as_tensor(bound, dtype=torch.float64).expand(expected.shape)
@@ -43,6 +58,6 @@ def assert_within(actual, expected, bound):
         )
 
 
-def assert_exact(actual, expected):
+def assert_exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Same shape, same dtype, same values; NaN equals NaN."""
     torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)

@@ -1,5 +1,9 @@
 """Packed weights to multiply with, and the routed experts' sum in fp64."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme, canonical_shapes, dequantise
@@ -18,13 +22,13 @@ SCHEMES = {
 }
 
 
-def scheme_of(name, k):
+def scheme_of(name: str, k: int) -> Scheme:
     """A scheme for rows of `k` columns, all of which share a scale where it is channel-wise."""
     scheme = SCHEMES[name]
     return scheme if scheme.group_size else Scheme("int4", k, scale_dtype=scheme.scale_dtype)
 
 
-def random_weight(scheme, n, k, device="cpu"):
+def random_weight(scheme: Scheme, n: int, k: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Canonical tensors of any codes, zeros and, but for fp4, signs of scales."""
     weight = {}
     for name, (shape, dtype) in canonical_shapes(scheme, n, k).items():
@@ -41,12 +45,12 @@ def random_weight(scheme, n, k, device="cpu"):
     return {name: tensor.to(device) for name, tensor in weight.items()}
 
 
-def stacked(weights, *shape):
+def stacked(weights: Sequence[Mapping[str, torch.Tensor]], *shape: int) -> dict[str, torch.Tensor]:
     """Equal weights as one stack of this shape."""
     return {name: torch.stack([w[name] for w in weights]).unflatten(0, shape) for name in weights[0]}
 
 
-def dense(stack, scheme, dtype):
+def dense(stack: Mapping[str, torch.Tensor], scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
     """The values of a stack [..., N, K], rounded to `dtype` as the ops promise, on the CPU."""
     lead = stack["qweight"].ndim - 2
     flat = {name: tensor.cpu().flatten(0, lead - 1) for name, tensor in stack.items()}
@@ -54,7 +58,15 @@ def dense(stack, scheme, dtype):
     return torch.stack(each).to(dtype).unflatten(0, stack["qweight"].shape[:lead])
 
 
-def experts_in_fp64(x, w13, w2, weights, ids, limit, first=0):
+def experts_in_fp64(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    limit: float | None,
+    first: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum [T, H] over experts [E, 2I, H] and [E, H, I], and what the roundings on the way may move it."""
     x, w13, w2, weights = (f64(v) for v in (x, w13, w2, weights))
     out, size = torch.zeros_like(x), torch.zeros_like(x)
@@ -75,7 +87,7 @@ def experts_in_fp64(x, w13, w2, weights, ids, limit, first=0):
     return out, size
 
 
-def check_experts(actual, expected, x):
+def check_experts(actual: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> None:
     """`actual` is within the roundings of `expected`, what `experts_in_fp64` returned."""
     out, size = expected
     # Three roundings to the dtype of x (projections, activation, w2's result) and fp32 sums over H and I.

@@ -1,6 +1,10 @@
 """Paged caches for tests: shuffled pages that lie apart, as vLLM lays them, and poison in every unwritten byte."""
 
+from __future__ import annotations
+
+import builtins
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +28,11 @@ class TestCache:
     rows: PagedRows
 
     @property
-    def bytes(self):
+    def bytes(self) -> torch.Tensor:
         """[P, stride bytes] uint8 on the CPU, a copy."""
         return self.storage.cpu().view(torch.uint8).clone()
 
-    def spans(self, page, row):
+    def spans(self, page: int, row: int) -> tuple[slice, slice]:
         """The byte ranges of a row's data and of its scales within a page's bytes."""
         fmt, count = self.rows.format, self.rows.rows_per_page
         data, scales = codecs.data_bytes(fmt), codecs.scale_bytes(fmt)
@@ -36,22 +40,22 @@ class TestCache:
             count * data + row * scales, count * data + (row + 1) * scales
         )
 
-    def place(self, request, row):
+    def place(self, request: int, row: int) -> tuple[int, int]:
         """Page and row within it of row number `row` of a request."""
         pages, count = self.rows.block_table[request], self.rows.rows_per_page
         return int(pages[row // count]), row % count
 
-    def slot(self, request, row):
+    def slot(self, request: int, row: int) -> int:
         page, offset = self.place(request, row)
         return page * self.rows.rows_per_page + offset
 
-    def put_bytes(self, page, row, data, scales=b""):
+    def put_bytes(self, page: int, row: int, data: builtins.bytes, scales: builtins.bytes = b"") -> None:
         image = self.bytes
         for span, content in zip(self.spans(page, row), (data, scales), strict=True):
             image[page, span] = torch.tensor(list(content), dtype=torch.uint8)
         self.storage.copy_(image.view(self.storage.dtype))
 
-    def put(self, request, values):
+    def put(self, request: int, values: torch.Tensor) -> torch.Tensor:
         """Store rows 0.. of a request from [N, dim]; returns what the bytes mean, [N, dim] fp64."""
         image, fmt, stored = self.bytes, self.rows.format, []
         for number, row in enumerate(values.double().tolist()):
@@ -63,24 +67,34 @@ class TestCache:
         self.storage.copy_(image.view(self.storage.dtype))
         return torch.tensor(stored, dtype=torch.float64).reshape(-1, fmt.dim)
 
-    def poison(self, request, row):
+    def poison(self, request: int, row: int) -> None:
         page, offset = self.place(request, row)
-        self.put_bytes(page, offset, *(bytes([POISON] * (s.stop - s.start)) for s in self.spans(page, offset)))
+        data, scales = (bytes([POISON] * (span.stop - span.start)) for span in self.spans(page, offset))
+        self.put_bytes(page, offset, data, scales)
 
-    def raw(self, request, row):
+    def raw(self, request: int, row: int) -> tuple[builtins.bytes, builtins.bytes]:
         page, offset = self.place(request, row)
         image = self.bytes[page].numpy()
-        return tuple(image[span].tobytes() for span in self.spans(page, offset))
+        data, scales = (image[span].tobytes() for span in self.spans(page, offset))
+        return data, scales
 
-    def get(self, request, row):
+    def get(self, request: int, row: int) -> torch.Tensor:
         """A row as [dim] fp64."""
         return torch.tensor(codecs.decode(*self.raw(request, row), self.rows.format), dtype=torch.float64)
 
-    def is_poison(self, request, row):
+    def is_poison(self, request: int, row: int) -> bool:
         return all(set(part) <= {POISON} for part in self.raw(request, row))
 
 
-def make_cache(fmt: RowFormat, rows_per_page: int, lengths: list[int], rng, device, *, far: bool = False) -> TestCache:
+def make_cache(
+    fmt: RowFormat,
+    rows_per_page: int,
+    lengths: Sequence[int],
+    rng: torch.Generator,
+    device: torch.device,
+    *,
+    far: bool = False,
+) -> TestCache:
     """A poisoned cache for requests of these lengths (in rows), on shuffled pages; page 0 belongs to nobody.
 
     With `far` every page of a request lies past 2^31 elements, where a 32-bit offset would miss it. On a CPU that
@@ -108,7 +122,7 @@ def make_cache(fmt: RowFormat, rows_per_page: int, lengths: list[int], rng, devi
 FAR_STRIDE, FAR_PAGES = 1 << 28, 9
 
 
-def _sparse(shape, dtype, device):
+def _sparse(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Rows of `shape` that are FAR_STRIDE apart; on a CPU in a file without blocks for what lies between.
 
     There 2^31 elements lie before them too, so that an offset that wraps around meets zeros, not a segmentation fault.
