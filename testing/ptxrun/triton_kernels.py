@@ -82,6 +82,12 @@ class Compiler:
         return self.compiled[key], given
 
 
+@functools.cache
+def compiler(arch: int) -> Compiler:
+    """This process's compiler for an architecture."""
+    return Compiler(arch)
+
+
 def _runtime_values(value: Any, type_: Any) -> list[Any]:
     """The value as the kernel takes it at run time: nothing where it is compiled in, its items where it is a tuple."""
     if isinstance(type_, tuple):
@@ -119,9 +125,13 @@ def span(tensor: torch.Tensor, name: str = "") -> Memory:
 
 
 @contextlib.contextmanager
-def executed(arch: int, *, compiler: Compiler | None = None, schedule: Schedule | None = None) -> Iterator[list[Run]]:
-    """Run every launch of a Triton kernel on the executor, as if on a GPU of `arch`; yields what ran so far."""
-    used = Compiler(arch) if compiler is None else compiler
+def executed(arch: int, *, instead: Compiler | None = None, schedule: Schedule | None = None) -> Iterator[list[Run]]:
+    """Run every launch of a Triton kernel on the executor, as if on a GPU of `arch`; yields what ran so far.
+
+    Args:
+        instead: a compiler to use instead of this process's.
+    """
+    used = compiler(arch) if instead is None else instead
     runs: list[Run] = []
 
     def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from testing.ops.numeric import FUNCTION, TINY, U32, U, assert_exact, assert_within, f64, normal
+from testing.ops.attention import attend
+from testing.ops.numeric import FUNCTION, U32, assert_exact, assert_within, f64, normal
 from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.rows import RowFormat, read_rows, write_rows
@@ -81,7 +82,7 @@ class Problem:
         assert actual.shape == self.q.shape
         for t in range(len(self.asked)):
             rows = self.keys(t, window_size, indices)
-            out, bound = attend(f64(self.q)[t], rows, f64(self.sinks), self.weights_dtype)
+            out, bound = attend(f64(self.q)[t], rows, f64(self.sinks), SCALE, self.weights_dtype)
             if self.angles is not None:
                 # Each value is a sum of two products with a rounded cosine and sine.
                 bound = pair_size(bound) + 4 * U32 * pair_size(out.abs() + bound)
@@ -96,31 +97,6 @@ class Problem:
             return torch.float32
         fmt = self.window.rows.format
         return torch.promote_types(self.q.dtype, fmt.dtype) if fmt.codec == "plain" else self.q.dtype
-
-
-def attend(q, rows, sinks, weights_dtype=torch.float32, scale=SCALE):
-    """softmax over scores [heads, rows] and sinks times the rows, and a bound on what rounding may move it."""
-    scores = q @ rows.T * scale
-    top = torch.cat((scores, sinks[:, None]), dim=1).amax(1)
-    if not len(rows):
-        return torch.zeros_like(q), torch.zeros_like(q)
-    weights = (scores - top[:, None]).exp()
-    total = weights.sum(1) + (sinks - top).exp()
-    # An infinite sink leaves nothing; -inf - -inf cannot be, for there are rows.
-    share = torch.where(sinks[:, None] == math.inf, 0.0, weights / total[:, None])
-    # A score is a sum of products; an error of a score moves every weight relatively by as much, above and below
-    # the line. exp of x errs by up to |x| * U32 more where it goes through exp2; the sum over the rows and one quotient
-    # follow.
-    size = (q.abs() @ rows.abs().T * scale).amax(1)
-    reach = (scores - scores.amax(1, keepdim=True)).abs().amax(1) + torch.where(
-        sinks.abs() < 1e30, (scores.amax(1) - sinks).abs(), 0.0
-    )
-    relative = 2 * ((q.shape[1] + 2) * U32 * size + reach * U32 + FUNCTION) + (len(rows) + 2) * U32
-    # The shares sum to what the sink leaves, and no |k| is above the largest. Weights relative to the largest, which
-    # is 1, may be rounded once more before they meet the rows.
-    lost = share.sum(1) * (relative + (U[weights_dtype] if weights_dtype != torch.float32 else 0.0))
-    lost += len(rows) * TINY[weights_dtype] * share.amax(1)
-    return share @ rows, lost[:, None] * rows.abs().amax(0)
 
 
 def rotated_back(out, angles):
@@ -400,7 +376,7 @@ def test_dimensions_of_flash(device, rng, rows, kind, asked):
             read_rows(cache, *cache.locate(torch.tensor(request), n.to(device)), torch.ones(len(n), dtype=bool))
             for cache, n in zip(caches, chosen, strict=True)
         ]
-        assert_within(actual[t], *attend(f64(q[t]), f64(torch.cat(keys)), f64(sinks), rounded, dim**-0.5))
+        assert_within(actual[t], *attend(f64(q[t]), f64(torch.cat(keys)), f64(sinks), dim**-0.5, rounded))
 
 
 def test_e4m3_instructions_read_what_bit_arithmetic_reads(implementation, device, rng, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from .harness import launch
+from testing.ptxrun.snippets import launch
 
 RNG = np.random.default_rng(1)
 MINE = "mad.wide.u32 %q, %t, 4, "

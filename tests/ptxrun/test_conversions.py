@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from .harness import lanewise
-from .values import dtype_of, floats, integers, wrapped
+from testing.ptxrun.snippets import dtype_of, floats, integers, lanewise, wrapped
 
 RNG = np.random.default_rng(0)
 

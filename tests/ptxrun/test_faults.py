@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from testing.ptxrun.executable import Fault, Schedule, WarpOrder
-
-from .harness import launch
+from testing.ptxrun.snippets import launch
 
 # (faulty, correct); %x and %y are registers, %c a predicate, `memory` is 256 bytes of shared memory, %p0 32 words.
 MINE = "mov.u32 %x, memory;\nmad.lo.u32 %x, %t, 4, %x;\n"

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from .harness import lanewise
-from .values import floats
+from testing.ptxrun.snippets import floats, lanewise
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,7 @@ import pytest
 from testing.ptxrun import flow
 from testing.ptxrun.executable import Schedule, WarpOrder
 from testing.ptxrun.parse import parse
-
-from .harness import HEAD, launch
+from testing.ptxrun.snippets import HEAD, launch
 
 MINE = "mad.wide.u32 %q, %t, 4, "
 

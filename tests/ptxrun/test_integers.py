@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from .harness import lanewise
-from .values import integers, wrapped
+from testing.ptxrun.snippets import integers, lanewise, wrapped
 
 RNG = np.random.default_rng(0)
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from testing.ptxrun.executable import Fault
-
-from .harness import faults, launch
+from testing.ptxrun.snippets import faults, launch
 
 RNG = np.random.default_rng(1)
 MINE = "mad.wide.u32 %q, %t, 4, "

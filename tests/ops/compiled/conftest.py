@@ -13,15 +13,10 @@ from testing.ptxrun import cuda_kernels, triton_kernels
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["test_*.py"]
 
 
-@functools.cache
-def compiler(arch):
-    return triton_kernels.Compiler(arch)
-
-
 @pytest.fixture
 def execute(request):
     """Runs Triton's kernels as compiled for the architecture that is the parameter."""
-    return functools.partial(triton_kernels.executed, request.param, compiler=compiler(request.param))
+    return functools.partial(triton_kernels.executed, request.param)
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ import functools
 
 import pytest
 
+from testing.ops.cuda_experts import SCHEMES, Problem
 from testing.ops.numeric import assert_within
 from testing.ptxrun import cuda_kernels
 from testing.ptxrun.verify import SCHEDULES, verified
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda
-
-from ...csrc.test_experts import SCHEMES, Problem
 
 FLASH_INT4, FLASH_FP4 = SCHEMES["int4, groups of 32, fp16"], SCHEMES["fp4"]
 

@@ -1,18 +1,21 @@
 """Every kernel benchmark's case at DeepSeek-V4-Flash's shapes, few tokens and short contexts, with the case's bound."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import attention, moe
+from benchmarks import inputs, moe
+from benchmarks.attention.indexer import indexer_case, topk_case
+from benchmarks.attention.sparse import attention_case
+from benchmarks.attention.streams import mhc_head_case, mhc_post_pre_case, route_case
+from benchmarks.attention.writes import compress_case, insert_case
 from benchmarks.flash_cases import INNER
 from benchmarks.roofline import Bench
 from testing.ptxrun.executable import Schedule
 from testing.ptxrun.verify import unexpected
 
-SIZES = dataclasses.replace(attention.FLASH, contexts=(1 << 13,), ranks=(1,))
+SIZES = dataclasses.replace(inputs.FLASH, contexts=(1 << 13,), ranks=(1,))
 FEW_EXPERTS = dataclasses.replace(moe.FLASH, experts=16)
 NARROW_EXPERTS = dataclasses.replace(FEW_EXPERTS, hidden=1024, inners=(512,))
 CHECK_EVERY = 5
@@ -21,25 +24,25 @@ CHECK_EVERY = 5
 
 def benchmark_cases():
     for rows in ("fp8", "plain"):
-        yield attention.attention_case(SIZES, "window", rows, 1, 1, 1 << 13, 1)
+        yield attention_case(SIZES, "window", rows, 1, 1, 1 << 13, 1)
         for kind in ("CSA", "HCA"):
             for requests, tp in ((1, 1), (8, 1), (1, 8)):
-                yield attention.attention_case(SIZES, kind, rows, requests, 1, 1 << 13, tp)
-            yield attention.attention_case(SIZES, kind, rows, 1, 64, 1 << 12, 1)
+                yield attention_case(SIZES, kind, rows, requests, 1, 1 << 13, tp)
+            yield attention_case(SIZES, kind, rows, 1, 64, 1 << 12, 1)
     for rows in ("fp8", "fp4"):
         for requests, new in ((1, 1), (8, 1), (1, 64)):
-            yield attention.indexer_case(SIZES, rows, requests, new, 1 << 13)
-    yield attention.topk_case(dataclasses.replace(SIZES, candidates=1 << 15), 2)
+            yield indexer_case(SIZES, rows, requests, new, 1 << 13)
+    yield topk_case(dataclasses.replace(SIZES, candidates=1 << 15), 2)
     for tokens in (1, 8, 200):
-        yield attention.mhc_post_pre_case(SIZES, tokens)
-        yield attention.mhc_head_case(SIZES, tokens)
+        yield mhc_post_pre_case(SIZES, tokens)
+        yield mhc_head_case(SIZES, tokens)
     for cache in ("CSA", "HCA", "keys"):
-        yield attention.compress_case(SIZES, cache, 2, 1)
-        yield attention.compress_case(SIZES, cache, 2, 1, False)
-        yield attention.compress_case(SIZES, cache, 1, 256)
+        yield compress_case(SIZES, cache, 2, 1)
+        yield compress_case(SIZES, cache, 2, 1, False)
+        yield compress_case(SIZES, cache, 1, 256)
     for tokens in (1, 8):
-        yield attention.insert_case(SIZES, tokens)
-        yield attention.route_case(SIZES, tokens)
+        yield insert_case(SIZES, tokens)
+        yield route_case(SIZES, tokens)
     for weight in ("int4", "fp4"):
         for tokens in (1, 8, 64, 600):
             sizes, inner = (FEW_EXPERTS, INNER) if tokens < 64 else (NARROW_EXPERTS, 512)
@@ -52,7 +55,7 @@ def benchmark_cases():
 def test_case(execute, case):
     torch.manual_seed(0)
     bench = Bench(torch.device("cpu"), dry=True, memory_bytes=4 << 30)
-    with partial(execute, schedule=Schedule(check_every=CHECK_EVERY))() as runs:
+    with execute(schedule=Schedule(check_every=CHECK_EVERY)) as runs:
         case.build(bench).check()
     assert runs
     found = [f"{run.kernel}: {finding}" for run in runs for finding in unexpected(run)]

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from testing.ops import compiled as cases
+from testing.ops.cuda_experts import INT4, Problem
 from testing.ops.numeric import assert_within
 from testing.ptxrun import cuda_kernels, triton_kernels
 from testing.ptxrun.mutate import OneTooMany, WithoutMasks, instructions, module_with, without
 from testing.ptxrun.verify import verified
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda
-
-from ...csrc.test_experts import INT4, Problem
-from . import cases
-from .conftest import compiler
 
 SM_80 = 80
 
@@ -33,13 +31,13 @@ def is_noticed(case, execute):
 def test_mistakes_in_triton_sources(rng, op, mistake):
     """A missing mask, an index off by one."""
     module = module_with(cases.module_of(op).__name__, mistake())
-    execute = functools.partial(triton_kernels.executed, SM_80, compiler=triton_kernels.Compiler(SM_80))
+    execute = functools.partial(triton_kernels.executed, SM_80, instead=triton_kernels.Compiler(SM_80))
     assert is_noticed(getattr(cases, op)(rng, module=module), execute)
 
 
 def left_out(case, kernel, opcode, most=None):
     """For each instruction of one kernel with this opcode, whether it is missed."""
-    with triton_kernels.executed(SM_80, compiler=compiler(SM_80)) as runs:
+    with triton_kernels.executed(SM_80) as runs:
         case.compute()
     (ptx,) = {run.ptx for run in runs if run.kernel == kernel}
     found = []
@@ -48,7 +46,7 @@ def left_out(case, kernel, opcode, most=None):
         def change(name, text, number=number):
             return without(text, opcode, number) if name == kernel else text
 
-        execute = functools.partial(triton_kernels.executed, SM_80, compiler=triton_kernels.Compiler(SM_80, change))
+        execute = functools.partial(triton_kernels.executed, SM_80, instead=triton_kernels.Compiler(SM_80, change))
         found.append(is_noticed(case, execute))
     return found
 

@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 
+from testing.ops import compiled as cases
 from testing.ptxrun.verify import verified
-
-from . import cases
 
 SM_80, SM_90 = 80, 90
 SLOW = pytest.mark.slow

@@ -1,13 +1,14 @@
-"""Small kernels around one instruction, run on NumPy arrays."""
+"""Small kernels around one instruction, run on NumPy arrays, and values to run them on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from testing.ptxrun.executable import Executable, Fault, Memory, Result, Schedule
-from testing.ptxrun.parse import parse, size_of
+from .executable import Executable, Fault, Memory, Result, Schedule
+from .parse import parse, size_of
 
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 memory[];\n"
 Array = np.ndarray[Any, Any]
@@ -58,3 +59,30 @@ def lanewise(opcode: str, to: str, types: list[str], inputs: list[Array], dtype:
     result = launch(body, arrays, threads=count)
     assert not result.findings, result.findings
     return out
+
+
+def integers(rng: np.random.Generator, type_: str, count: int = 64) -> Array:
+    """Values of a PTX integer type, its extremes among them."""
+    bits = int(type_[1:])
+    dtype = np.dtype(f"{'i' if type_[0] == 's' else 'u'}{bits // 8}")
+    values = rng.integers(0, 2**bits, count, dtype=np.uint64).astype(f"u{bits // 8}").view(dtype)
+    info = np.iinfo(dtype)
+    values[:6] = [0, 1, info.max, info.min, 7, 3]
+    return values
+
+
+def wrapped(values: Iterable[int], type_: str) -> Array:
+    """Python's integers modulo the type's range, as unsigned ones."""
+    bits = int(type_[1:])
+    return np.array([int(v) & ((1 << bits) - 1) for v in values], np.uint64).astype(f"u{bits // 8}")
+
+
+def dtype_of(type_: str) -> np.dtype[Any]:
+    return np.dtype(f"{'i' if type_[0] == 's' else 'u'}{int(type_[1:]) // 8}")
+
+
+def floats(rng: np.random.Generator, count: int = 64) -> Array:
+    """fp32 of all magnitudes, special values among them."""
+    values = (rng.standard_normal(count) * 10.0 ** rng.integers(-20, 20, count)).astype(np.float32)
+    values[:10] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.5, 3e-42, 3.4e38, 65504]
+    return values
