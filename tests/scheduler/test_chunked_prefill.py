@@ -29,10 +29,19 @@ def expected_chunks(prompt: int, chunk: int, new_tokens: int) -> list[int]:
 def test_chunks_of(chunk: int, engines: Engines, references: References) -> None:
     prompt = PROMPT[: 600 if chunk > 1 else 300]
     reference = references.get(prompt, NEW_TOKENS)
+    run = engines.get().run([Request(prompt, NEW_TOKENS, prompt_logprobs=True)], budgets=(chunk,))
+    assert run.chunks(0) == expected_chunks(len(prompt), chunk, NEW_TOKENS)
+    difference(run.result(0), reference)
+
+
+@pytest.mark.parametrize("chunk", [5, 129])
+def test_max_num_batched_tokens(chunk: int, engines: Engines, references: References) -> None:
+    """The same by vLLM's own option, which also sizes the buffers of a step."""
+    reference = references.get(PROMPT[:600], NEW_TOKENS)
     # vLLM requires max_num_batched_tokens >= max_num_seqs.
     runner = engines.get(max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 8))
-    run = runner.run([Request(prompt, NEW_TOKENS, prompt_logprobs=True)])
-    assert run.chunks(0) == expected_chunks(len(prompt), chunk, NEW_TOKENS)
+    run = runner.run([Request(PROMPT[:600], NEW_TOKENS, prompt_logprobs=True)])
+    assert run.chunks(0) == expected_chunks(600, chunk, NEW_TOKENS)
     difference(run.result(0), reference)
 
 
