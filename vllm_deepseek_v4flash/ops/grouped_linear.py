@@ -20,7 +20,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: [T, G, K], floating.
-        weight: [G * N, K], the dtype of `x`.
+        weight: [G * N, K], the dtype of `x` or a narrower one.
 
     Returns:
         [T, G, N], the dtype of `x`.
