@@ -163,7 +163,7 @@ ROPE = (
           _rope("rope_compressed", _compress, _yarn, ("math.floor", "float"), ("math.ceil", "float"))),
     _trap("compress_rope_theta 40000, ModelArgs' default", "yarn",
           _rope("rope_compressed", lambda _: 40000.0, _yarn)),
-    _trap("compress_rope_theta 160000 whatever the config says", "clamp",
+    _trap("compress_rope_theta 160000 in spite of the config", "clamp",
           _rope("rope_compressed", lambda _: 160000.0, _yarn)),
     _trap("half-split pairs", "topk",
           _in("ops.apply_rope:apply_rope",

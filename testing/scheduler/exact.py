@@ -25,7 +25,7 @@ _FUNCTIONS = (
 def rounding_once() -> Iterator[None]:
     """Compute these functions in fp64 and round their results to fp32, in PyTorch's ops.
 
-    The difference between two ways to compute them is then 1e-16, which the rounding hides but for one in 1e8.
+    The difference between two ways to compute them is then 1e-16, which the rounding hides except once in 1e8.
     Engines must be made within the `with` block too: vLLM packs weights for its own fp32 GEMM when it loads them.
     """
     from vllm.model_executor.layers import utils

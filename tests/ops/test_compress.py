@@ -105,7 +105,7 @@ class Problem:
             bound = bound + U[self.fmt.dtype] * size
             assert torch.equal(
                 stored, stored.to(self.dtype).double()
-            )  # computed in the model's dtype, whatever holds it
+            )  # computed in the model's dtype, even in a wider tensor
         else:
             # e4m3 has 4 significant bits: half a step is 2^-4 of a value, or 2^-10 of the scale below its normals.
             head = slice(0, self.fmt.quantised)
@@ -245,7 +245,7 @@ def test_rotation_takes_the_position_of_the_window_far_from_the_start(device, rn
     problem = Problem(rng, device, lengths=[8], ratio=4, overlap=True)
     base = last - 7
     states, entries = problem.states.rows, make_cache(problem.fmt, 1, [2], rng, device)
-    # Positions base.. lie where 0.. would, and the windows before them nowhere.
+    # Positions base.. are stored where 0.. would be; no page holds the windows before them.
     far_states, far_entries = (
         torch.zeros((1, last // 4 + 1), dtype=torch.int32, device=device) for _ in (states, entries)
     )
@@ -297,7 +297,7 @@ def test_a_window_of_many_rows_and_channels(device, rng):
 
 
 def test_rows_of_this_step_are_not_read_from_the_cache(device, rng, implementation):
-    """On a GPU other programs of the launch write them; here the block table leads to rows that nobody writes."""
+    """On a GPU other programs of the launch write them; here the block table points to rows that are never written."""
     if implementation not in ("interpreted", "cuda"):
         pytest.skip("programs run side by side in Triton alone")
     problem = Problem(rng, device, lengths=[8], ratio=4, overlap=True)
@@ -363,7 +363,7 @@ def test_four_bit_entries_hold_the_transformed_values(device, rng):
         assert len(data) == 32
 
 
-def test_gate_rules_each_channel_apart(device):
+def test_the_gate_weights_each_channel_separately(device):
     """A gate that is 100 higher in one row of a channel makes that row the channel's value."""
     problem = Problem(torch.Generator().manual_seed(0), device, lengths=[4], ratio=4, overlap=False)
     problem.ape.zero_()

@@ -253,7 +253,7 @@ def test_triton_can_be_chosen_for_a_cpu_with_its_interpreter(monkeypatch):
 
 
 def test_an_installation_with_nvcc_has_the_kernels_of_csrc():
-    """They load on a machine without a GPU, whatever its PyTorch."""
+    """They load on a machine without a GPU, with any PyTorch."""
     if not library.built():
         pytest.skip("installed without nvcc")
     assert library.library().deepseek_v4flash_abi() == library.ABI

@@ -34,7 +34,7 @@ def test_other_shapes(device, rng, shape):
     check(fused_experts(*arguments, swiglu_limit=1.0), oracle(*arguments, 1.0), arguments[0])
 
 
-def test_experts_that_nobody_chose_are_not_read(device, rng):
+def test_experts_that_no_token_chose_are_not_read(device, rng):
     x, w13, w2, weights, ids = problem(rng, device)
     ids = torch.where(ids % 2 == 0, ids, (ids + 1) % 6)
     w13[1::2], w2[1::2] = torch.nan, torch.nan

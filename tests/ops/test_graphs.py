@@ -24,7 +24,7 @@ from vllm_deepseek_v4flash.ops.sparse_attention import sparse_attention
 
 DIM, INDEX_DIM, ROPE, HEADS = 48, 64, 8, 3
 LENGTHS = [40, 9, 23]
-MAX_ENTRIES = 12  # at capture, as vLLM's: of the longest request there may be
+MAX_ENTRIES = 12  # at capture, as in vLLM: that of the longest possible request
 DTYPES = {"reference": torch.float32, "interpreted": torch.float32, "cuda": torch.bfloat16}
 
 
@@ -75,7 +75,7 @@ class Captured:
 
 
 def check(call, device, change):
-    """A replay after `change` gives what the same call gives anew, and not what it gave before."""
+    """A replay after `change` returns what a new call returns, not what the captured one did."""
     captured = Captured(call, device)
     before = [tensor.clone() for tensor in tensors(captured.replay())]
     change()
@@ -111,7 +111,7 @@ class Step:
         return normal(self.rng, *shape, device=self.device, dtype=self.dtype)
 
     def advance(self):
-        """Every request is one token further, and lies elsewhere in the same pages."""
+        """Every request is one token further, and elsewhere in the same pages."""
         self.positions += 1
 
     def swap_requests(self, *caches):

@@ -344,8 +344,8 @@ def test_the_same_bits_in_any_batch(device, rng, dtype):
     options = {"ratio": 1, "topk": 8, "max_entries": 40}
     together = run(cache, q, weights, positions, request, device, **options)
     for parts in ([slice(t, t + 1) for t in range(5)], [slice(0, 2), slice(2, 5)]):
-        apart = [run(cache, q[p], weights[p], positions[p], request[p], device, **options) for p in parts]
-        assert torch.equal(torch.cat(apart), together)
+        separate = [run(cache, q[p], weights[p], positions[p], request[p], device, **options) for p in parts]
+        assert torch.equal(torch.cat(separate), together)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

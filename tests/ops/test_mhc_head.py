@@ -34,10 +34,10 @@ def test_matches_the_formula(device, rng, dtype, tokens, n, hidden, norm_eps, hc
 
 def test_streams_may_be_strided(device, rng):
     streams, *others = problem(rng, device)
-    apart = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]
-    assert not apart.is_contiguous()
+    strided = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]
+    assert not strided.is_contiguous()
     options = {"norm_eps": 1e-6, "hc_eps": 1e-6}
-    assert_exact(mhc_head(apart, *others, **options), mhc_head(streams, *others, **options))
+    assert_exact(mhc_head(strided, *others, **options), mhc_head(streams, *others, **options))
 
 
 def test_no_tokens(device, rng):

@@ -35,9 +35,9 @@ def test_products_have_every_bit_of_fp32(device, dtype):
 def test_streams_and_weights_may_be_strided(device, rng):
     streams, *others = problem(rng, device, norm=True)
     wide = torch.stack((streams, streams + 1), dim=3).flatten(2)[:, :, ::2]  # every other value
-    apart = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]  # rows of a wider tensor
+    strided = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]  # rows of a wider tensor
     same = streams[:, :1].expand(streams.shape)  # one stream four times
-    for given, plain in ((wide, streams), (apart, streams), (same, same.contiguous())):
+    for given, plain in ((wide, streams), (strided, streams), (same, same.contiguous())):
         assert not given.is_contiguous()
         for actual, expected in zip(
             mhc_pre(given, *others, **OPTIONS), mhc_pre(plain, *others, **OPTIONS), strict=True

@@ -19,7 +19,7 @@ IDENTITY = Scheme("int4", 32, scale_dtype=torch.bfloat16)
 
 @dataclasses.dataclass
 class Experts:
-    """Weights of E experts and all that `packed_experts` takes of them; `dense13` is [E, 2I, H]."""
+    """Weights of E experts as `packed_experts` takes them; `dense13` is [E, 2I, H]."""
 
     w13: dict
     w2: dict
@@ -166,7 +166,7 @@ def test_the_clamp_binds_on_both_sides(device, rng, limit):
 @pytest.mark.parametrize(("name", "ids_dtype"), [("int4-g32", torch.int32), ("fp4", torch.int64)])
 def test_ranks_sum_to_the_whole(device, rng, name, ids_dtype):
     ours = experts(name, device, num=6)
-    x, weights, ids = routed(rng, device, tokens=9, num=8)  # two experts that nobody holds
+    x, weights, ids = routed(rng, device, tokens=9, num=8)  # two experts that no rank holds
     ids[0] = -1
     total = torch.zeros(x.shape, device=device)
     for low, high in itertools.pairwise([0, 1, 4, 4, 6]):
@@ -205,20 +205,20 @@ def test_an_expert_listed_twice_counts_twice(device, rng):
 
 
 @pytest.mark.parametrize("tokens", [5, 90])  # that look for their pairs themselves, and that are sorted
-def test_the_shared_expert_along_is_the_shared_expert_apart(device, rng, implementation, tokens):
+def test_the_shared_expert_can_be_one_of_the_routed_experts(device, rng, implementation, tokens):
     ours = experts("int4-g32", device, num=5, hidden=32, inner=32)
     x, weights, ids = routed(rng, device, tokens=tokens, hidden=32, num=4)
     all_weights = torch.nn.functional.pad(weights, (0, 1), value=1.0)
     all_ids = torch.nn.functional.pad(ids, (0, 1), value=4)
-    along = ours(x, all_weights, all_ids)
-    ours.check(along, x, all_weights, all_ids)
+    merged = ours(x, all_weights, all_ids)
+    ours.check(merged, x, all_weights, all_ids)
     if implementation not in ("reference", "torch"):
         return
     w13, w2 = ({name: t[4] for name, t in w.items()} for w in (ours.w13, ours.w2))
     gate, up = (packed_linear(x, {name: t[i] for name, t in w13.items()}, ours.scheme13) for i in (0, 1))
-    apart = ours(x, weights, ids, held=slice(0, 4))
-    apart += packed_linear(swiglu(gate, up, 10.0).to(x.dtype), w2, ours.scheme2).float()
-    assert torch.equal(along, apart)
+    separate = ours(x, weights, ids, held=slice(0, 4))
+    separate += packed_linear(swiglu(gate, up, 10.0).to(x.dtype), w2, ours.scheme2).float()
+    assert torch.equal(merged, separate)
 
 
 @pytest.mark.parametrize("tokens", [4001, 300, 150])  # 1000, 75 and 37 for an expert on average

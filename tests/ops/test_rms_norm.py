@@ -43,7 +43,7 @@ def test_fp32_weight_keeps_its_bits_on_a_bf16_input(device, rng):
         pytest.param(lambda x: x[:, :, :96:2], id="values"),
     ],
 )
-def test_rows_and_values_may_lie_apart(device, rng, part):
+def test_rows_and_values_may_be_strided(device, rng, part):
     x, weight = part(normal(rng, 6, 2, 100, device=device)), normal(rng, 96, device=device)[::2]
     assert not x.is_contiguous()
     expected = oracle(x, weight, 1e-6)

@@ -113,7 +113,7 @@ def test_logits_may_be_part_of_a_wider_tensor(device, rng):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
-def test_experts_are_distinct_whatever_the_logits(device, broken):
+def test_experts_are_distinct_for_any_logits(device, broken):
     """What is chosen becomes an address: it must be an expert even where a model has diverged."""
     logits = torch.full((3, 20), broken, device=device)
     logits[1, 4] = logits[2, 19] = 1.0

@@ -184,7 +184,7 @@ def test_write_changes_its_rows_and_not_one_byte_more(device, rng, fmt, dtype):
     for (page, row), value in zip(places, values.double().tolist(), strict=False):
         for span, content in zip(cache.spans(page, row), codecs.encode(value, fmt), strict=True):
             expected[page, span] = torch.tensor(list(content), dtype=torch.uint8)
-    # Padded tokens lie first and last; their row is whatever -1 % rows is.
+    # Padded tokens are first and last; their row is -1 % rows.
     padded = [(-1, 4), *places, (-3, 0)]
     order = [len(numbers), *range(len(numbers)), len(numbers) + 1]
     page, row = torch.tensor(padded, device=device).unbind(1)
@@ -204,7 +204,7 @@ def test_read_gives_the_value_of_the_bytes(device, rng, fmt):
     assert_exact(actual, torch.stack([torch.stack(row) for row in expected]).float())
 
 
-def test_invalid_rows_read_as_zeros_whatever_they_hold(device, rng, fmt):
+def test_invalid_rows_are_read_as_zeros(device, rng, fmt):
     cache = make_cache(fmt, 4, [8], rng, device)
     stored = cache.put(0, values_for(fmt, rng, 2))  # rows 2..7 stay NaN
     number = torch.tensor([1, 5, 0, 7], device=device)

@@ -211,7 +211,7 @@ def test_sink_is_neither_scaled_nor_a_value(device, rng):
     problem = Problem(rng, device, lengths=[1], asked=[(0, 0)], heads=1)
     problem.q.zero_()
     problem.sinks.fill_(math.log(3.0))
-    # One row of score 0 beside a sink of weight 3.
+    # One row of score 0 and a sink of weight 3.
     assert_within(problem.run(4)[0, 0], problem.window_rows[0][0] / 4, 2 * FUNCTION)
 
 

@@ -25,7 +25,7 @@ def tiles(monkeypatch, segment, small):
 
 
 def run(scores, counts, width, device, limit=None):
-    """The selection, from rows that lie apart and hold NaN where no score is."""
+    """The selection, from strided rows, with NaN where there is no score."""
     room = torch.full((len(scores), scores.shape[1] + 5), math.nan)
     for row, values, count in zip(room, scores, counts, strict=True):
         row[:count] = values[:count]
@@ -68,7 +68,7 @@ def test_ties_across_segments_go_to_the_smaller_index(device, rng, monkeypatch, 
     assert torch.equal(run(scores, counts, 7, device), expected(scores, counts, 7))
 
 
-def test_neighbouring_numbers_are_told_apart(device, monkeypatch):
+def test_neighbouring_numbers_are_distinguished(device, monkeypatch):
     """Every power of two with its next number, of both signs, subnormal ones and infinities too."""
     tiles(monkeypatch, 1024, 256)
     exponents = torch.arange(0, 255, dtype=torch.int32) << 23

@@ -184,7 +184,7 @@ def _ceil_log2(x: torch.Tensor) -> torch.Tensor:
 def _e2m1_codes(x: torch.Tensor) -> torch.Tensor:
     """Round |x| <= 6 to e2m1, ties to the even code: [...] fp32 to uint8 codes 0..15."""
     a = x.abs()
-    # Each threshold lies halfway between two codes; >= where the upper of the two is even.
+    # Each threshold is halfway between two codes; >= where the upper of the two is even.
     code = sum(
         (above.to(torch.uint8) for above in (a > 0.25, a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5.0)),
         start=torch.zeros_like(a, dtype=torch.uint8),
