@@ -99,6 +99,13 @@ def test_deepseeks_own_formats(experts: Any, scale_dtype: torch.dtype, tmp_path:
     with running(packed) as llm:
         served = full_logprobs(llm, [tokens])[0]
         assert llm.apply_model(shared_experts_ride) == [experts == "fp8"]
+        merged = llm.apply_model(lambda model: model.packed_modules_mapping)[0]
+    compressor = ["compressor.wkv", "compressor.wgate"]
+    assert merged.pop("fused_wqa_wkv") == ["wq_a", "wkv"]
+    assert merged.pop("fused_ckv_cgate") == compressor
+    indexer = ["indexer.weights_proj", "indexer.compressor.wkv", "indexer.compressor.wgate"]
+    assert merged.pop("fused_iweights_ikv_igate_ckv_cgate") == [*indexer, *compressor]
+    assert merged == ({} if experts == "fp8" else {"gate_up_proj": ["w1", "w3"]})
     assert (served - expected).abs().max() <= TOLERANCE
 
 

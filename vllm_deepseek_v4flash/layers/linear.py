@@ -41,7 +41,7 @@ class GroupedLinear(ColumnParallelLinear):
 
 
 class Projection(NamedTuple):
-    """One of several linears of the same input."""
+    """One of several linear layers of the same input."""
 
     name: str
     """The checkpoint's module name, relative to the module that owns the projections."""

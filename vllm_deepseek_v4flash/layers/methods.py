@@ -153,9 +153,9 @@ def _shortest(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 class PlainLinearMethod(LinearMethodBase):
-    """A linear whose parameter `weight` [N, K] is used as it is.
+    """A linear layer whose parameter `weight` [N, K] is multiplied as it is.
 
-    Not vLLM's class of parameters, every use of which passes through Python.
+    The parameter is a plain one: every use of vLLM's own class of parameters passes through Python.
     """
 
     def __init__(self, *, shorten: bool) -> None:
@@ -163,7 +163,7 @@ class PlainLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -174,9 +174,10 @@ class PlainLinearMethod(LinearMethodBase):
         loader = _row_loader(output_partition_sizes, getattr(layer, "tp_rank", 0))
         shape = sum(output_partition_sizes), input_size_per_partition
         layer.register_parameter("weight", _empty(shape, params_dtype, loader))
+        layer.short_weight = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        # Next to the parameter, which vLLM may fill with other values that need all their bits.
+        # The parameter stays as it is, since vLLM may load other values into it that are not exact in bf16.
         layer.short_weight = _shortest(layer.weight.data) if self.shorten else None
 
     def weight(self, layer: Any) -> torch.Tensor:
@@ -189,7 +190,7 @@ class PlainLinearMethod(LinearMethodBase):
 
 
 class MergedLinearMethod(PlainLinearMethod):
-    """Several linears of one input; each result has the dtype that its projection asks for."""
+    """Several linear layers of one input; each result has the dtype of its projection."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
         dtypes = [torch.float32 if projection.fp32 else x.dtype for projection in layer.projections]
@@ -211,7 +212,7 @@ class GroupedLinearMethod(PlainLinearMethod):
 
 
 class PackedLinearMethod(LinearMethodBase):
-    """A linear whose parameters are the canonical tensors of its weight (`ops/packed_weight.py`)."""
+    """A linear layer whose parameters are the canonical tensors of its weight (`ops/packed_weight.py`)."""
 
     def __init__(self, scheme: Scheme, dtype: torch.dtype | None) -> None:
         """dtype: what the input is converted to and the result has; None for the input's."""
@@ -250,7 +251,7 @@ class PackedLinearMethod(LinearMethodBase):
 
 
 class PackedMergedMethod(PackedLinearMethod):
-    """Several linears of one input, packed alike, whose results have one dtype."""
+    """Several linear layers of one input, packed in the same way, whose results have one dtype."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
         return list(super().apply(layer, x).split(layer.output_partition_sizes, dim=-1))
@@ -274,9 +275,9 @@ class PlainExpertsMethod(QuantizeMethodBase):
         dtype = torch.get_default_dtype()
         layer.register_parameter("w13_weight", _empty((experts, 2 * inner, hidden_size), dtype, weight_loader))
         layer.register_parameter("w2_weight", _empty((experts, hidden_size, inner), dtype, weight_loader))
+        layer.short_weights = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.short_weights = None
         if self.shorten:
             w13, w2 = _shortest(layer.w13_weight.data), _shortest(layer.w2_weight.data)
             # Both or neither: the op takes them in one dtype.

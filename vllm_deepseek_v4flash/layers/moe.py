@@ -43,6 +43,11 @@ class Router(Fp32Linear):
             bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
             self.bias = nn.Parameter(bias, requires_grad=False)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] to the scores' logits, [T, n_routed_experts] fp32."""
+        # vLLM's forward would add `bias`, which is only for the choice of experts.
+        return self.quant_method.apply(self, x)
+
     def select(self, x: torch.Tensor, input_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden] and token ids [T] to weights [T, K] fp32 and expert indices [T, K] int64."""
         expert_ids = None

@@ -1,4 +1,4 @@
-"""The linears of one input: merged where the formats of their weights agree, so that few products make all results."""
+"""The linear layers of one input: merged where the formats of their weights agree, so that few products do."""
 
 from __future__ import annotations
 
