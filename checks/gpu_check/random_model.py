@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from testing import flash_headers as headers
+from testing import flash as headers
 from testing.tiny import BASE
 from vllm_deepseek_v4flash.config import DeepseekV4Config
 from vllm_deepseek_v4flash.inspect.capacity import Capacity, Limits, activation_bytes, cache_pool, plan_capacity

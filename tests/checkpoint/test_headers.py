@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from testing.flash_headers import write_file
+from testing.flash import write_file
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
 from vllm_deepseek_v4flash.checkpoint.headers import INDEX, read_headers
 from vllm_deepseek_v4flash.checkpoint.loader import CheckpointError as LoadersError

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from testing.flash_headers import FLASH
+from testing.flash import FLASH
 from vllm_deepseek_v4flash.compat import SlidingWindowMLASpec
 from vllm_deepseek_v4flash.config import DeepseekV4Config
 from vllm_deepseek_v4flash.inspect.capacity import (

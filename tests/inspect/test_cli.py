@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.flash_headers import FLASH, GPTQ_QUANTIZATION, NATIVE_QUANTIZATION, gptq, native, write_checkpoint
+from testing.flash import FLASH, GPTQ_QUANTIZATION, NATIVE_QUANTIZATION, gptq, native, write_checkpoint
 from vllm_deepseek_v4flash import __version__
 from vllm_deepseek_v4flash.inspect.cli import main, parse_size
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from testing.fixtures import unpacked
-from testing.flash_headers import (
+from testing.flash import (
     FLASH,
     GPTQ_QUANTIZATION,
     NATIVE_QUANTIZATION,

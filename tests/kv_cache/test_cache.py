@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from testing.flash import FLASH
+from testing.flash import FLASH_CONFIG as FLASH
 from vllm_deepseek_v4flash.compat import MLAAttentionSpec, SlidingWindowMLASpec
 from vllm_deepseek_v4flash.config import LayerKind
 from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats

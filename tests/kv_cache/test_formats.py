@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from testing.flash import FLASH
+from testing.flash import FLASH_CONFIG as FLASH
 from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 
