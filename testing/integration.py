@@ -13,7 +13,7 @@ from typing import Any
 from testing.tiny import CONFIGS
 
 # Importing vLLM takes 15 s on an idle core, and this machine may run several things at once.
-IMPORT_TIMEOUT = 300
+IMPORT_TIMEOUT = 1200
 
 
 def write_config(directory: Path, drop: Collection[str] = (), **overrides: Any) -> Path:
