@@ -76,7 +76,7 @@ def recorded(device: Device, recorder: Recorder) -> Iterator[None]:
         _recorder = _recorded_device = None
 
 
-def rows_of(x: torch.Tensor) -> Strided:
+def strided(x: torch.Tensor) -> Strided:
     """A matrix [N, D] for a kernel; copied unless its rows are contiguous."""
     x = x if x.stride(1) == 1 else x.contiguous()
     return Strided(x, x.stride(0))

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Pointer, block, device_of, launch, rows_of
+from .launch import Pointer, block, device_of, launch, strided
 
 _SUMS = 4096  # partial sums that one program of `enter_sublayer` holds at a time
 
@@ -76,7 +76,7 @@ def mix_streams(
         out, given = source.data, Sublayer(source.data, source.token_stride, None, None)
     else:
         out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
-        given = Sublayer(*rows_of(sublayer[0]), sublayer[1].contiguous(), sublayer[2].contiguous())
+        given = Sublayer(*strided(sublayer[0]), sublayer[1].contiguous(), sublayer[2].contiguous())
     # fp16 and fp32 are multiplied in two and three pieces, and larger blocks of them would not fit the registers.
     block_t = 64 if num_tokens > 16 and streams.dtype is torch.bfloat16 else 16
     block_h = min(block(hidden, 16), 32)

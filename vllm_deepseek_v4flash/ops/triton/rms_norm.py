@@ -4,14 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Strided, block, launch, rows_of
+from .launch import Strided, block, launch, strided
 
 _TILE = 2048  # values of one program, or one row where that is more
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     dim, out = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = rows_of(x.reshape(-1, dim))
+    rows = strided(x.reshape(-1, dim))
     num_rows = rows.data.shape[0]
     block_d = block(dim)
     block_n = max(1, _TILE // block_d)

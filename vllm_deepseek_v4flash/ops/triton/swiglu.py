@@ -4,14 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Strided, block, launch, rows_of
+from .launch import Strided, block, launch, strided
 
 _TILE = 1024  # values of one program
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
     dim, out = gate.shape[-1], torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
-    gate_rows, up_rows = rows_of(gate.reshape(-1, dim)), rows_of(up.reshape(-1, dim))
+    gate_rows, up_rows = strided(gate.reshape(-1, dim)), strided(up.reshape(-1, dim))
     num_rows = gate_rows.data.shape[0]
     block_d = min(_TILE, block(dim))
     block_n = _TILE // block_d
