@@ -1,6 +1,7 @@
 import json
 import math
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch, ms):
         self.now, self.ms, self.graph, self.replays = 0.0, ms, None, 0
+        self.recorded: list[int] = []
         names = {
             "Stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None),
             "current_stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None),
@@ -159,8 +161,8 @@ def test_rows_have_ratio_and_aims(timed):
     ]
     work = Work([lambda: 4.0], lambda: "1e-3 of 2e-3", peers, note="shared")
     aims = [
-        Aim("under 3 µs", lambda row: row.us < 3),
-        Aim("level", lambda row: row.ratio >= 1),
+        Aim("under 3 µs", lambda row: row.us is not None and row.us < 3),
+        Aim("level", lambda row: row.ratio is not None and row.ratio >= 1),
         Aim("?", lambda _: None),
     ]
     found = run([case(work=work, aims=aims)])
@@ -191,7 +193,7 @@ def wrong(reason):
 def test_a_peer_that_is_wrong_or_raises_is_not_timed(timed):
     peers = [
         Peer("wrong", lambda: Work([lambda: 1.0], lambda: wrong("off by 1"))),
-        Peer("raises", lambda: Work([lambda: 1.0], lambda: torch.zeros(2) @ torch.zeros(3))),
+        Peer("raises", lambda: Work([lambda: 1.0], lambda: str(torch.zeros(2) @ torch.zeros(3)))),
     ]
     found = run([case(work=Work([lambda: 4.0], lambda: "", peers))])
     (row,) = found.rows
@@ -225,7 +227,7 @@ def unavailable_device():
 
 def test_a_peer_that_loses_the_device_leaves_the_time_of_ours(timed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: unavailable_device())
-    peer = Peer("bad", lambda: Work([lambda: 1.0], lambda: torch.zeros(2) @ torch.zeros(3)))
+    peer = Peer("bad", lambda: Work([lambda: 1.0], lambda: str(torch.zeros(2) @ torch.zeros(3))))
     found = run([case(work=Work([lambda: 4.0], lambda: "", [peer])), case("next")])
     assert found.rows[0].us == 4.0
     assert found.failures == ["op (shape): RuntimeError: CUDA error: again"]
@@ -266,7 +268,7 @@ def test_main_writes_both_reports_and_fails_where_a_case_does(tmp_path, capsys):
         assert dry
         return [case("good"), case("bad", Work([lambda: None], lambda: wrong("off")))]
 
-    options = {"name": "made-up", "title": "Made up", "cases": cases}
+    options: dict[str, Any] = {"name": "made-up", "title": "Made up", "cases": cases}
     assert roofline.main(["--dry-run", "--out", str(tmp_path), "--commit", "abc"], **options) == 1
     assert "FAILED: bad (shape): off" in capsys.readouterr().err
     found = json.loads((tmp_path / "made-up.json").read_text())
@@ -278,7 +280,7 @@ def test_main_writes_both_reports_and_fails_where_a_case_does(tmp_path, capsys):
 
 
 def test_main_refuses_what_it_cannot_do(capsys, monkeypatch):
-    options = {"name": "x", "title": "X", "cases": lambda dry: [case("a"), case("b")]}
+    options: dict[str, Any] = {"name": "x", "title": "X", "cases": lambda dry: [case("a"), case("b")]}
     with pytest.raises(SystemExit) as ended:
         roofline.main(["--dry-run", "--only", "c"], **options)
     assert ended.value.code == 2

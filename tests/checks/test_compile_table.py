@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def modest(count):
 
 
 MADE_UP = [
-    *(Case("modest", {"count": count}, lambda count=count: modest(count)) for count in (1, 5, 7, 16, 32)),
+    *(Case("modest", {"count": count}, partial(modest, count)) for count in (1, 5, 7, 16, 32)),
     Case("modest", {"count": "5, misaligned"}, lambda: launch(_modest, (1,), floats(129)[1:], floats(128), 5)),
     Case("wide", {}, lambda: launch(_modest, (1, 65536), floats(128), floats(128), None)),
     Case("spilling", {}, lambda: launch(_spilling, (1,), floats(1 << 14), floats(1 << 14), N=1 << 14, num_warps=1)),

@@ -1,4 +1,4 @@
-"""The command around the parts: what it makes of parts that fail, hang, crash or do not fit; its reports and status."""
+"""The command line: parts that fail, hang, crash or do not fit into the budget, the reports and the exit status."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -82,7 +83,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     script.write_text(RUN)
     run_group = process.run_group
 
-    def run(command: list[str], *rest: object) -> int | None:
+    def run(command: list[str], *rest: Any) -> int | None:
         assert command[1:3] == ["-m", "checks.gpu_check.run_part"]
         return run_group([command[0], str(script), *command[3:]], *rest)
 
@@ -200,7 +201,7 @@ def test_what_no_longer_fits_is_not_run(monkeypatch, made_up, described):
     status, report = check(monkeypatch, made_up, part("good"), part("bad"), arguments=("--budget", "0"))
     assert status == 0
     assert [p["status"] for p in report["parts"]] == ["not run", "not run"]
-    assert report["parts"][0]["reason"] == "0 s are left of the budget, it needs 0 at least"
+    assert report["parts"][0]["reason"] == "0 s of the budget are left, it needs at least 0"
 
 
 def test_cases_that_no_longer_fit_are_not_run(tmp_path):
@@ -211,7 +212,7 @@ def test_cases_that_no_longer_fit_are_not_run(tmp_path):
     assert not recorder.attempt("long", lambda: pytest.fail("started"), needs=25.0)
     result = PartResult.read(tmp_path / "part.json", "part")
     assert [c.status for c in result.checks] == ["passed", "not run"]
-    assert result.checks[1].detail == "20 s are left of 30, it may take 25"
+    assert result.checks[1].detail == "20 of 30 s are left, it may take 25"
     assert not result.finished
 
 
@@ -236,14 +237,14 @@ def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["--only", "engine", "speed"])
     assert error.value.code == 2
-    assert "no part speed; there are: engine" in capsys.readouterr().err
+    assert "--only speed: there is no such part. Use: engine" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     found = PartResult("describe", data={"usable": False, "device": {"device": "none: torch sees no CUDA device"}})
     monkeypatch.setattr(cli, "describe", lambda *_: found)
     assert cli.main(["--out", str(tmp_path / "out")]) == 2
-    assert "torch sees no CUDA device; --dry-run goes without" in capsys.readouterr().err
+    assert "torch sees no CUDA device. --dry-run needs none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

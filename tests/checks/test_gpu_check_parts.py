@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,13 +155,13 @@ def test_tests_that_fail_are_named_and_counted(tmp_path):
     assert (tmp_path / "tests.xml").exists()
 
 
-def test_tests_stop_when_their_time_is_spent(tmp_path):
+def test_tests_stop_when_their_time_is_over(tmp_path):
     code = "import clock, pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('n', range(30))\n"
     code += "def test_slow(n): clock.now += 4\n"
     result = run_tests(tmp_path, code, 6)
     (run,) = result.checks
     assert (run.status, run.detail) == (
-        "passed", "2 passed, 0 failed, 0 skipped, 28 not run because the time was spent",
+        "passed", "2 passed, 0 failed, 0 skipped, 28 not run because the time was over",
     )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def test_tests_whose_packages_are_missing_are_said_not_to_run(tmp_path):
     result = run_tests(tmp_path, MADE_UP_TESTS, 60, "test_made_up.py", "test_lacking.py")
     names = [check.name.rpartition("::")[2] for check in result.checks]
     assert names == ["test_bad", "test_broken (setup)", "pytest -m gpu"]
-    assert any(note.startswith("Not collected, for lack of no_such_package_at_all:") for note in result.notes)
+    assert any(note.startswith("Not collected, because no_such_package_at_all is missing:") for note in result.notes)
     result = run_tests(tmp_path, "", 60, "test_wrong.py")
     assert [check.status for check in result.checks] == ["failed", "failed"]
     assert "a wrong test file" in result.checks[0].detail
@@ -193,7 +194,7 @@ def test_the_kernels_verdict(tmp_path):
     late = Row("topk", "9 rows", 1, 1, reason="not run: the budget of 9 s is spent")
     absent = Row("topk", "10 rows", 1, 1, reason="not run: needs a GPU")
     report = report_of(right, late, absent)
-    assert kernels.verdict(report, 0) == "1 of 3 cases are right, 1 no longer fitted into the time"
+    assert kernels.verdict(report, 0) == "1 of 3 cases are right, 1 did not fit into the time"
     with pytest.raises(FailedError, match="status 1: topk is off"):
         kernels.verdict(report_of(right, failures=("topk is off",)), 1)
     recorder = Recorder("kernels", tmp_path / "part.json", 60, dry=False)
@@ -209,8 +210,10 @@ def test_what_cannot_run_in_the_long_part_is_said(tmp_path):
     def build(bench: object) -> None:
         raise UnavailableError("no kernel")
 
+    case: Any = types.SimpleNamespace(build=build)
+    bench: Any = types.SimpleNamespace(dry=True)
     with pytest.raises(NotRunError, match="no kernel"):
-        long.checked(types.SimpleNamespace(build=build), types.SimpleNamespace(dry=True))()
+        long.checked(case, bench)()
 
 
 def test_the_long_part_is_at_a_million_tokens():

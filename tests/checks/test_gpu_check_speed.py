@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,12 +118,12 @@ def test_as_many_layers_as_fit(tmp_path):
     counts = [random_model.choose(tmp_path / f"{m}", m * GIB, 128, 65792, 8192).count for m in (40, 79, 139)]
     assert counts == sorted(counts)
     assert 3 <= counts[0] < counts[1] < counts[2] < 43
-    with pytest.raises(NotRunError, match="8 GiB hold no three layers"):
+    with pytest.raises(NotRunError, match="8 GiB do not hold three layers"):
         random_model.choose(tmp_path / "8", 8 * GIB, 128, 65792, 8192)
 
 
 def test_random_parameters_are_such_that_nothing_is_nan():
-    model = types.SimpleNamespace(config=types.SimpleNamespace(n_routed_experts=16))
+    model: Any = types.SimpleNamespace(config=types.SimpleNamespace(n_routed_experts=16))
 
     def filled(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         data = torch.full(shape, 77, dtype=torch.uint8).expand(shape).clone().to(dtype)
@@ -216,7 +217,7 @@ def test_a_points_figures(tmp_path):
     bench = width.Bench(recorder, width.Points((2048,), (8,), (8192,)), shape, peaks, 8192, {8: 0.4})
     found = timed.Decode(4.0, 9.0, [("_attend", 0.0, 2000.0), ("nvjet", 3000.0, 4000.0)], 2)
     steps = types.SimpleNamespace(taken=lambda: "24 whole graphs")
-    engine = types.SimpleNamespace(decode=lambda *_: found, prefill=lambda tokens: 0.3, steps=steps)
+    engine: Any = types.SimpleNamespace(decode=lambda *_: found, prefill=lambda tokens: 0.3, steps=steps)
     width.add_prefills(bench, engine, "prefill")
     width.add_decodes(bench, engine, "decode")
     assert [check.status for check in recorder.result.checks] == ["passed", "passed"]
@@ -239,7 +240,7 @@ def test_a_points_figures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "why"), [((8, 0), "needs SM90 or later, this is SM80"), ((9, 0), "needs FlashMLA")]
+    ("capability", "why"), [((8, 0), "needs SM90 or newer, this is SM80"), ((9, 0), "needs FlashMLA")]
 )
 def test_the_peer_says_what_it_lacks(monkeypatch, capability, why):
     from vllm.v1.attention.ops import flashmla

@@ -67,6 +67,6 @@ def test_options_of_vllm_serve_need_the_dashes() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--dtype", "float32"],
         capture_output=True, text=True, check=False, timeout=TIMEOUT,
-    )
+    )  # fmt: skip
     assert done.returncode == 2
     assert "unrecognized arguments: --dtype" in done.stderr
