@@ -12,7 +12,8 @@ TRITON = ROOT / "vllm_deepseek_v4flash" / "ops" / "triton"
 FAMILIES = ("attention", "indexer", "compressor", "MoE", "mHC", "linears", "other", "idle")
 # By the kernel's file in ops/triton/. Other files have functions that kernels call, or are "other".
 FILES = {
-    "sparse_attention": "attention", "sparse_attention_rows": "attention", "qnorm_rope_kv_insert": "attention",
+    "sparse_attention": "attention", "sparse_attention_keys": "attention", "sparse_attention_rows": "attention",
+    "qnorm_rope_kv_insert": "attention",
     "indexer_topk": "indexer", "topk": "indexer", "hadamard": "indexer",
     "compress": "compressor",
     "experts": "MoE", "fused_experts": "MoE", "packed_experts": "MoE", "route": "MoE", "swiglu": "MoE",
