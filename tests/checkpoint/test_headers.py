@@ -140,7 +140,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no dtype": (lambda d: _rewrite_header(d / ONE, lambda h: h["b"].pop("dtype")), rf"{ONE}.*tensor b is described"),
     "shape not the bytes": (
         lambda d: _rewrite_header(d / ONE, lambda h: h["b"].update(shape=[5])),
-        rf"{ONE}.*tensor b, I32 \[5\], is said to lie in bytes",
+        rf"{ONE}.*tensor b, I32 \[5\], does not fill its bytes",
     ),
     "negative size": (
         lambda d: _rewrite_header(d / ONE, lambda h: h["b"].update(shape=[-2, -2])),

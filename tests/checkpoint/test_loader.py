@@ -274,7 +274,7 @@ def _merged_model() -> FakeModel:
     model = FakeModel(CONFIG)
     rows = []
     for module in PARTS:
-        owner = model.get_submodule(f"model.{module}")
+        owner: Any = model.get_submodule(f"model.{module}")
         rows.append(owner.weight.shape[0])
         del owner._parameters["weight"]
     parameter = model.add(f"{MERGED}.weight", (sum(rows), CONFIG.hidden_size))
@@ -292,7 +292,7 @@ def test_a_merged_layer_takes_its_parts(tensors: dict[str, torch.Tensor]) -> Non
     assert filled == set(dict(model.named_parameters()))
     assert f"{MERGED}.weight" in filled
     expected = torch.cat([tensors[f"{module}.weight"] for module in PARTS])
-    assert torch.equal(model.get_submodule(MERGED).weight, expected.float())
+    assert torch.equal(model.get_parameter(f"{MERGED}.weight"), expected.float())
 
 
 def test_a_missing_part_of_a_merged_layer_is_reported(tensors: dict[str, torch.Tensor]) -> None:
@@ -303,6 +303,7 @@ def test_a_missing_part_of_a_merged_layer_is_reported(tensors: dict[str, torch.T
 
 def test_a_merged_parameter_needs_a_loader(tensors: dict[str, torch.Tensor]) -> None:
     model = _merged_model()
-    del model.get_submodule(MERGED).weight.weight_loader
+    parameter: Any = model.get_parameter(f"{MERGED}.weight")
+    del parameter.weight_loader
     with pytest.raises(TypeError, match=f"{MERGED}.weight has no weight_loader to place the rows of"):
         load_weights(model, CONFIG, tensors.items(), merged=PARTS)

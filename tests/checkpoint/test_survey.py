@@ -142,7 +142,7 @@ BROKEN: dict[str, tuple[Callable[[], Checkpoint], list[str]]] = {
         ],
     ),
     "shape": (
-        _edit(_put("lm_head.weight", 5, 128), lambda: _edit(lambda c: c.tensors.pop("head.weight"))()),
+        _edit(_put("lm_head.weight", 5, 128), _edit(lambda c: c.tensors.pop("head.weight"))),
         [f"mis-shaped: lm_head.weight (head.weight): has [5, 128] F32, should be [{VOCAB}, {HIDDEN}]"],
     ),
     "dtype": (
@@ -162,15 +162,14 @@ BROKEN: dict[str, tuple[Callable[[], Checkpoint], list[str]]] = {
         ["format: head: tensor scales is missing; should be [4, 264] (qweight [16, 264], group_size 32)"],
     ),
     "another group size": (
-        _edit(lambda c: (c.tensors.pop(WQ_A), c.tensors.update({WQ_A: torch.zeros(64, 128)}), c.pack(WQ_A[:-7], 64)),
-              packed),
+        _edit(lambda c: c.pack(WQ_A[:-7], 64), packed),
         [
             "format: layers.1.attn.wq_a: tensor scales has shape [2, 64], should be [4, 64] (qweight [16, 64], "
             "group_size 32)"
         ],
     ),
     "another model's weight": (
-        _edit(lambda c: (c.tensors.update({WQ_A: torch.zeros(32, 128)}), c.pack(WQ_A[:-7])), packed),
+        _edit(lambda c: c.pack(WQ_A[:-7]), _edit(_put(WQ_A, 32, 128), packed)),
         ["mis-shaped: layers.1.attn.wq_a: has [32, 128] (int4), should be [64, 128]"],
     ),
     "an expert that is not packed": (

@@ -1,1 +1,5 @@
-"""Reading DeepSeek-V4 checkpoints: `names` (one table of tensor names and shapes) and `loader`."""
+"""Reading DeepSeek-V4 checkpoints.
+
+`names` has every tensor's name and shape, `headers` reads safetensors headers, `formats` the packed weights. `survey`
+decides whether a checkpoint fits its config.json and plans its packed modules; `loader` fills the model.
+"""

@@ -1,7 +1,7 @@
-"""The exception of everything that reads a checkpoint; apart from `loader`, so that reading headers needs no torch."""
+"""The exception raised while reading a checkpoint, in a module of its own so that reading headers needs no torch."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """The checkpoint's files or tensors are not those its config.json and index ask for."""
+    """The checkpoint's files or tensors do not match its config.json or its index."""

@@ -1,7 +1,7 @@
 """Every tensor of a checkpoint by name, from the safetensors headers alone: seconds for 150 GB, and no torch.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes, which the
-header divides without gaps. What does not add up is refused here, so that nobody waits for a load that must fail.
+header divides without gaps. Anything inconsistent is refused here, before a load that would fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPE_BITS = {
 FLOAT_CODES = ("BF16", "F16", "F32")
 PLAIN_CODES = (*FLOAT_CODES, "F64")
 
-# safetensors' own limit; a file that is no safetensors file shows an absurd length here.
+# safetensors' own limit; other files have an absurd length here.
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -60,14 +60,14 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
     """All tensors in the shards that `model.safetensors.index.json` lists, or in every *.safetensors without one.
 
     Raises:
-        CheckpointError: naming the file, and where there is one the tensor: no such directory, a pickle
-            checkpoint, a shard that is missing or truncated or no safetensors file, a tensor that the index places
-            in a shard without it, a tensor that two shards have.
+        CheckpointError: with the file and, if any, the tensor: no such directory, a pickle checkpoint, a shard that
+            is missing, truncated or not a safetensors file, a tensor that is not in the shard where the index
+            places it, a tensor in two shards.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} is not a directory: name the directory that holds config.json and the shards"
+            f"{directory} is not a directory. Pass the directory that holds config.json and the shards."
         )
     index = _read_index(directory / INDEX)
     files = sorted(set(index.values())) if index is not None else _list_files(directory)
@@ -102,7 +102,7 @@ def read_file_header(file: Path) -> list[TensorHeader]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: as `read_headers`.
+        CheckpointError: see `read_headers`.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -112,7 +112,8 @@ def read_file_header(file: Path) -> list[TensorHeader]:
             start = prefix + stream.read(len(_LFS_POINTER))
             if start.startswith(_LFS_POINTER):
                 raise CheckpointError(
-                    f"{file} is a Git LFS pointer of {size} bytes, not the tensors: run `git lfs pull` in its directory"
+                    f"{file} is a Git LFS pointer of {size} bytes, not the tensors. Run `git lfs pull` in its "
+                    f"directory."
                 )
             raise _broken(file, f"its {size} bytes do not start with the length of a header up to {_MAX_HEADER} bytes")
         if 8 + length > size:
@@ -138,15 +139,16 @@ def _read_index(path: Path) -> dict[str, str] | None:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from error
+        raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map from tensor names to shard files: download it again")
+        raise CheckpointError(f"{path} has no weight_map from tensor names to shard files. Download it again.")
     for name, file in weight_map.items():
         # vLLM looks for shards in the checkpoint's own directory only.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path} places tensor {name} in {file!r}: it must be a *.safetensors file of the same directory"
+                f"{path} places tensor {name} in {file!r}: it must be a *.safetensors file of the same directory. "
+                f"Download the index again."
             )
     return weight_map
 
@@ -158,10 +160,10 @@ def _list_files(directory: Path) -> list[str]:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{directory} holds pickled weights only ({_some(pickles)}): a pickle can run any code when it is read, so "
-            f"they are not loaded. Use a safetensors copy, or convert them where you trust their source."
+            f"{directory} holds pickled weights only ({_some(pickles)}), which are not loaded: a pickle can run any "
+            f"code when it is read. Use a safetensors copy, or convert them if you trust their source."
         )
-    raise CheckpointError(f"{directory} has no *.safetensors file: download the checkpoint's shards into it")
+    raise CheckpointError(f"{directory} has no *.safetensors file. Download the checkpoint's shards into it.")
 
 
 def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
@@ -174,7 +176,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
     if bits is None:
         raise CheckpointError(f"{file}: tensor {name} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
     if not numbers_are_sane or (end - begin) * 8 != math.prod(shape) * bits:
-        raise _broken(file, f"tensor {name}, {dtype} {list(shape)}, is said to lie in bytes {begin!r} to {end!r}")
+        raise _broken(file, f"tensor {name}, {dtype} {list(shape)}, does not fill its bytes {begin!r} to {end!r}")
     return TensorHeader(dtype, shape, name, file, (start + begin, start + end))
 
 

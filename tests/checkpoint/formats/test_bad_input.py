@@ -205,11 +205,12 @@ def ct(weights: dict[str, Any], **changes: Any) -> Case:
 AWQ, AUTO_ROUND = CASES["awq"]["g64-asym"], CASES["auto-round"]["auto_gptq"]
 CT_FP8, NATIVE, FP4 = CASES["compressed-tensors"]["fp8-block"], CASES["deepseek"]["fp8-fp32"], CASES["deepseek"]["fp4"]
 TRANSFORMERS = "model.layers.3.mlp.experts.7.gate_proj"
+NOT_SUPPORTED = "{} in quantization_config: not supported. It should be "
 EXCLUDED = "is packed, but {} leaves this module unquantised ({!r})"
 
 CONFIGS: dict[str, tuple[Callable[[], Case], str]] = {
     **{
-        f"{bits} bits, {name}": (made, f"the config says {bits}-bit int weights, which are not supported; packed")
+        f"{bits} bits, {name}": (made, f"the config says {bits}-bit int weights, which are not supported. Packed")
         for bits in (2, 3, 8)
         for name, made in {
             "gptq": lambda bits=bits: config(TRIVIAL, bits=bits),
@@ -236,20 +237,29 @@ CONFIGS: dict[str, tuple[Callable[[], Case], str]] = {
         "tensor weight_scale has shape [48, 4], should be [48, 2]",
     ),
     "group size does not divide": (lambda: config(TRIVIAL, group_size=96), "not a whole number of groups of 96"),
-    "group size 0": (lambda: config(TRIVIAL, group_size=0), "group_size is 0 in the config"),
-    "group size a word": (lambda: config(TRIVIAL, group_size="64"), "group_size is '64' in the config"),
+    "group size 0": (
+        lambda: config(TRIVIAL, group_size=0),
+        NOT_SUPPORTED.format("group_size=0"),
+    ),
+    "group size a word": (
+        lambda: config(TRIVIAL, group_size="64"),
+        NOT_SUPPORTED.format("group_size='64'") + "a positive integer, or -1",
+    ),
     "checkpoint_format": (
         lambda: config(TRIVIAL, checkpoint_format="marlin"),
-        "checkpoint_format is 'marlin' in the config, should be gptq, gptq_v2 or gemm",
+        NOT_SUPPORTED.format("checkpoint_format='marlin'") + "gptq, gptq_v2 or gemm.",
     ),
     "pack_dtype": (
         lambda: config(TRIVIAL, pack_dtype="int64"),
-        "pack_dtype is 'int64' in the config, should be 'int32'",
+        NOT_SUPPORTED.format("pack_dtype='int64'") + "'int32'.",
     ),
-    "version": (lambda: config(AWQ, version="gemv"), "version is 'gemv' in the config, should be 'gemm'"),
+    "version": (
+        lambda: config(AWQ, version="gemv"),
+        NOT_SUPPORTED.format("version='gemv'") + "'gemm'.",
+    ),
     "packing_format": (
         lambda: config(AUTO_ROUND, packing_format="auto_round:llm_compressor"),
-        "packing_format is 'auto_round:llm_compressor' in the config, should be auto_round:auto_gptq",
+        NOT_SUPPORTED.format("packing_format='auto_round:llm_compressor'") + "auto_round:auto_gptq",
     ),
     "excluded by dynamic": (
         lambda: config(TRIVIAL, dynamic={r"-:.*experts\.7\..*": {}}),
@@ -291,7 +301,10 @@ CONFIGS: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: replace(CT_TRIVIAL(), config=ct_config(weights_args(), targets=("re:.*self_attn.*",))),
         "tensor weight_packed is packed, but no entry of `config_groups` targets this module; there are ['group_0']",
     ),
-    "strategy": (lambda: ct(weights_args(strategy="tensor")), "strategy is 'tensor' in the config"),
+    "strategy": (
+        lambda: ct(weights_args(strategy="tensor")),
+        NOT_SUPPORTED.format("strategy='tensor'"),
+    ),
     "fp8 per channel": (
         lambda: replace(CT_FP8(), config=ct_config({**FP8_GROUP, "strategy": "channel", "block_structure": None})),
         "stores 8-bit float weights with strategy 'channel' and block_structure None, which is not supported",
@@ -302,9 +315,12 @@ CONFIGS: dict[str, tuple[Callable[[], Case], str]] = {
     ),
     "weight_block_size": (
         lambda: config(NATIVE, weight_block_size=[64, 64]),
-        "weight_block_size is [64, 64] in the config, should be [128, 128]",
+        NOT_SUPPORTED.format("weight_block_size=[64, 64]") + "[128, 128].",
     ),
-    "fmt": (lambda: config(NATIVE, fmt="e5m2"), "fmt is 'e5m2' in the config, should be 'e4m3'"),
+    "fmt": (
+        lambda: config(NATIVE, fmt="e5m2"),
+        NOT_SUPPORTED.format("fmt='e5m2'") + "'e4m3'.",
+    ),
     "not a regex": (lambda: config(TRIVIAL, dynamic={"+:*": {}}), "holds '*', which is not a regular expression"),
     "packed, but no quantization_config": (
         lambda: replace(TRIVIAL(), config={}),

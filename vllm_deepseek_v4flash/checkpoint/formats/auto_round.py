@@ -1,8 +1,8 @@
-"""AutoRound's own config, over GPTQ's and AWQ's layouts.
+"""AutoRound's own config, on top of GPTQ's and AWQ's layouts.
 
-`packing_format` names the layout: `auto_round:auto_gptq` (zero points stored less one), `auto_round:gptqmodel` and
-plain `auto_round` (as they are), `auto_round:auto_awq`. One label is wrong: AutoRound's model-free path calls
-asymmetric weights `auto_round` though it stores their zero points less one; they are read so, with a warning.
+`packing_format` is the layout: `auto_round:auto_gptq` (zero points stored minus one), `auto_round:gptqmodel` and plain
+`auto_round` (stored as is), or `auto_round:auto_awq`. One label is wrong: AutoRound's model-free path labels asymmetric
+weights `auto_round` although it stores zero points minus one. They are read accordingly, with a warning.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from vllm_deepseek_v4flash.log import logger_name, warning_once
-
-from ...ops.packed_weight import QuantizationError, Scheme
+from ...log import logger_name, warning_once
+from ...ops.packed_weight import Scheme
 from ..headers import TensorHeader
 from . import awq, floats, gptq
-from .common import either, refuse_excluded
+from .common import either, refuse_excluded, refuse_value
 from .format import Format
 from .patterns import find_name, regex_match
 
@@ -31,16 +30,15 @@ _LAYOUTS = {
 }
 _REGEX_CHARACTERS = set(r"*+?^$()[]{}|\\")
 _MISLABELLED = (
-    "quantization_config says packing_format 'auto_round', whose zero points are stored as they are, but it was "
-    "written by AutoRound's model-free path (%s), which stores asymmetric zero points less one: "
-    "read as 'auto_round:auto_gptq'"
+    "packing_format='auto_round' in quantization_config: AutoRound's model-free path (%s) wrote it, which stores "
+    "asymmetric zero points minus one; read as 'auto_round:auto_gptq'."
 )
 
 
 def _override(config: Mapping[str, Any], module: str) -> tuple[str, Mapping[str, Any], bool] | None:
-    """The `extra_config` entry that is about the module, its key, and whether that is beyond doubt.
+    """The key and entry of `extra_config` that apply to the module, and whether that is certain.
 
-    A name counts before a part of a name (`wo_a`), and that before a regular expression.
+    A name takes precedence over a part of a name (`wo_a`), and that over a regular expression.
     """
     entries = config.get("extra_config") or {}
     name = find_name(entries, module)
@@ -63,9 +61,7 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
         return floats.describe(module, leaves, "auto-round")
     label = str(config.get("packing_format") or "auto_round:auto_gptq")
     if label not in _LAYOUTS:
-        raise QuantizationError(
-            f"{module}: packing_format is {label!r} in the config, should be {either(tuple(_LAYOUTS))}"
-        )
+        refuse_value(module, "packing_format", label, either(tuple(_LAYOUTS)))
     bits, group_size = config.get("bits", 4), config.get("group_size", 128)
     symmetric, data_type = config.get("sym", True), config.get("data_type", "int")
     found = _override(config, module)

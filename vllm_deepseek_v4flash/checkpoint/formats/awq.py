@@ -1,7 +1,7 @@
-"""AWQ's GEMM layout (AutoAWQ, AutoRound, and GPTQModel's `checkpoint_format: gemm`).
+"""AWQ's GEMM layout, which AutoAWQ, AutoRound and GPTQModel (`checkpoint_format: gemm`) write.
 
 `qweight` int32 [K, ceil(N/8)], eight output columns a word in the nibble order 0, 2, 4, 6, 1, 3, 5, 7 (so that
-column j lies in nibble 0, 4, 1, 5, 2, 6, 3, 7); `qzeros` int32 [G, ceil(N/8)] likewise, the zero points themselves;
+column j is in nibble 0, 4, 1, 5, 2, 6, 3, 7); `qzeros` int32 [G, ceil(N/8)] packed the same way, zero points as is;
 `scales` [G, N].
 """
 
@@ -25,6 +25,7 @@ from .common import (
     check_scales,
     check_symmetric_zeros,
     refuse_excluded,
+    refuse_value,
     resolve_group,
     unpack_nibbles,
 )
@@ -43,7 +44,7 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
     # AutoAWQ calls its layout `version`, GPTQModel `checkpoint_format` (or, before, `format`).
     for key in ("version", "checkpoint_format", "format"):
         if str(config.get(key) or "gemm").lower() != "gemm":
-            raise QuantizationError(f"{module}: {key} is {config[key]!r} in the config, should be 'gemm'")
+            refuse_value(module, key, config[key], "'gemm'")
     excluded = find_name(config.get("modules_to_not_convert") or (), module)
     if excluded is not None:
         refuse_excluded(module, "qweight", excluded, "`modules_to_not_convert`")

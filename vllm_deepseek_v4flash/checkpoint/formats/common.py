@@ -1,4 +1,4 @@
-"""Checks and bit-twiddling that more than one format needs."""
+"""Checks and bit manipulation that several formats share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ...ops.packed_weight import QuantizationError, Scheme
 from ..headers import TensorHeader
 
-# Bare parameters of the router, which share its name but are no part of its weight.
+# Parameters of the router that share its prefix but are not part of its weight.
 _ROUTER_PARAMETERS = ("bias", "tid2eid")
 
 
@@ -78,34 +78,36 @@ def either(values: tuple[str, ...]) -> str:
     return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
 
 
+def refuse_value(module: str, key: str, value: object, allowed: str) -> NoReturn:
+    """Refuse one value of the config that no reader here understands."""
+    raise QuantizationError(f"{module}: {key}={value!r} in quantization_config: not supported. It should be {allowed}.")
+
+
 def check_bits(module: str, bits: object, kind: str = "int") -> None:
     if bits != 4 or kind != "int":
         raise QuantizationError(
-            f"{module}: the config says {bits}-bit {kind} weights, which are not supported; packed weights may be "
-            "4-bit integers, DeepSeek's FP4 (e2m1, a ue8m0 scale per 32) or FP8 (e4m3, a scale per 128 x 128)"
+            f"{module}: the config says {bits}-bit {kind} weights, which are not supported. Packed weights may be "
+            "4-bit integers, DeepSeek's FP4 (e2m1, a ue8m0 scale per 32) or FP8 (e4m3, a scale per 128 x 128)."
         )
 
 
 def resolve_group(module: str, group_size: object, k: int) -> int:
     """Columns that share a scale; -1 (and any size of K or more) is one group for the whole row."""
     if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size <= 0 and group_size != -1):
-        raise QuantizationError(
-            f"{module}: group_size is {group_size!r} in the config, should be a positive integer, or -1 "
-            "for one group a row"
-        )
+        refuse_value(module, "group_size", group_size, "a positive integer, or -1 for one group per row")
     group = k if group_size == -1 or group_size > k else group_size
     if k % group:
         raise QuantizationError(
-            f"{module}: {k} input columns are not a whole number of groups of {group}; "
-            "use the group_size that the weights were quantised with"
+            f"{module}: {k} input columns are not a whole number of groups of {group}. "
+            "Set the group_size that the weights were quantised with."
         )
     return group
 
 
 def refuse_excluded(module: str, leaf: str, pattern: str, where: str) -> NoReturn:
     raise QuantizationError(
-        f"{module}: tensor {leaf} is packed, but {where} leaves this module unquantised ({pattern!r}); "
-        "the config belongs to other weights, or that entry should go"
+        f"{module}: tensor {leaf} is packed, but {where} leaves this module unquantised ({pattern!r}). "
+        "Remove that entry, or use the config that the weights were written with."
     )
 
 
@@ -129,18 +131,18 @@ def check_symmetric_zeros(module: str, name: str, zeros: torch.Tensor, zero: int
     if bad.any():
         raise QuantizationError(
             f"{module}: tensor {name} has a zero point of {int(zeros[bad][0])}, should be {zero} everywhere because "
-            "the config says symmetric; if the weights are asymmetric, say so in the config"
+            "the config says symmetric. If the weights are asymmetric, say so in the config."
         )
 
 
 def check_bias(module: str, bias: torch.Tensor | None) -> None:
-    """AutoGPTQ stores a bias of zeros where the layer has none; the model has no use for any other."""
+    """AutoGPTQ stores a bias of zeros where a layer has none; the model cannot use any other."""
     if bias is not None and bool((bias != 0).any()):
         raise QuantizationError(f"{module}: tensor bias is not zero, but DeepSeek-V4 has no biases here")
 
 
 def permutation(module: str, name: str, g_idx: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Columns sorted by group, int64 [K]; within a group in their order.
+    """Columns sorted by group, int64 [K]; within a group they keep their order.
 
     Raises:
         QuantizationError: an index out of range, or groups of unequal size.

@@ -1,4 +1,4 @@
-"""compressed-tensors: `pack-quantized` 4-bit integers, and FP8 in blocks beside them (llm-compressor writes both).
+"""compressed-tensors: `pack-quantized` 4-bit integers, with or without FP8 blocks (llm-compressor writes both).
 
 `weight_packed` int32 [N, K/8], lowest nibble first, holds value + 8; `weight_scale` [N, G]; `weight_zero_point` int32
 [ceil(N/8), G], packed along N and also + 8 (older files: int8 [N, G], without the 8); `weight_shape` int64 [2];
@@ -27,6 +27,7 @@ from .common import (
     check_trivial_g_idx,
     permutation,
     refuse_excluded,
+    refuse_value,
     resolve_group,
     unpack_nibbles,
 )
@@ -107,9 +108,7 @@ def _describe_packed(weights: Mapping[str, Any], module: str, leaves: Mapping[st
     group_size, strategy = weights.get("group_size"), weights.get("strategy")
     strategy = strategy or ("group" if (group_size or 0) > 0 else "channel")
     if strategy not in ("group", "channel"):
-        raise QuantizationError(
-            f"{module}: strategy is {strategy!r} in the config; 4-bit weights may have strategy 'group' or 'channel'"
-        )
+        refuse_value(module, "strategy", strategy, "'group' or 'channel' for 4-bit weights")
     group = k if strategy == "channel" else resolve_group(module, group_size, k)
     ordered = weights.get("actorder") in ("group", "dynamic", True)
     scale = leaves.get("weight_scale")

@@ -1,6 +1,6 @@
 """Weights in floating point: plain, FP8 in blocks of 128 x 128, and DeepSeek's FP4.
 
-Their tensors say what they are, so any config may have them among its integer weights.
+Their tensors identify them, so any quantised checkpoint may mix them with its integer weights.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def _scale_name(leaves: Mapping[str, object]) -> str:
 
 
 def describe(module: str, leaves: Mapping[str, TensorHeader], form: str) -> Scheme:
-    """The scheme of a module that `form`, the config's format, did not pack.
+    """The scheme of a module that `form`, the checkpoint's format, did not pack.
 
     Raises:
-        QuantizationError: the leaves are of no layout known here, or do not fit together.
+        QuantizationError: the leaves match no layout of this file, or not each other.
     """
     leaves = weight_leaves(module, leaves)
     weight = leaves.get("weight")
     if weight is None:
         raise QuantizationError(
-            f"{module}: holds {', '.join(sorted(leaves)) or 'nothing'}, which is no weight of a {form} checkpoint; "
-            "should be a plain `weight`, or the tensors that this format writes"
+            f"{module}: has {', '.join(sorted(leaves)) or 'no tensors'}, should be a plain `weight` or the tensors of "
+            f"the {form} format"
         )
     if weight.dtype in PLAIN_CODES:
         expected = {"weight": Leaf(tuple(weight.shape), PLAIN_CODES), "bias": _bias(weight)}

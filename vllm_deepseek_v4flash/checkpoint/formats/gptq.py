@@ -1,11 +1,11 @@
-"""GPTQ: AutoGPTQ's and GPTQModel's layout, read from the input side.
+"""GPTQ as AutoGPTQ and GPTQModel store it: packed along the input dimension.
 
 `qweight` int32 [K/8, N], eight rows a word, lowest nibble first; `qzeros` int32 [G, ceil(N/8)], eight columns a
-word; `scales` [G, N]; `g_idx` int32 [K], the group of each input row, which stays in its place.
+word; `scales` [G, N]; `g_idx` int32 [K], the group of each input row; the rows keep their order.
 
-Format v1 stores every zero point less one, `gptq_v2` the zero point itself. The tools that write v1 subtract
-0x11111111 from whole words, so a zero point of 0 borrows from its neighbour; adding it back to whole words undoes
-that (GPTQModel reads it so), which nibble by nibble would not.
+Format v1 stores every zero point minus one, `gptq_v2` the zero point itself. The tools that write v1 subtract
+0x11111111 from whole words, so that a zero point of 0 borrows from its neighbour. Adding it back to whole words, as
+GPTQModel does, undoes that; adding it nibble by nibble would not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...ops.packed_weight import QuantizationError, Scheme
+from ...ops.packed_weight import Scheme
 from ..dtypes import DTYPES, header_of
 from ..headers import FLOAT_CODES, TensorHeader
 from . import awq, floats
@@ -33,6 +33,7 @@ from .common import (
     interleave_rows,
     permutation,
     refuse_excluded,
+    refuse_value,
     resolve_group,
     unpack_nibbles,
 )
@@ -47,7 +48,7 @@ _REMEDY = "set desc_act to true in the config if the weights were quantised with
 
 @dataclass(frozen=True)
 class Settings:
-    """What a config says of one module's integer weights."""
+    """What a config says about one module's integer weights."""
 
     bits: object
     group_size: object
@@ -61,7 +62,7 @@ def _settings(config: Mapping[str, Any], module: str) -> Settings:
         bool(config.get("desc_act", False)),
     )  # fmt: skip
     for pattern, override in (config.get("dynamic") or {}).items():
-        # GPTQModel's `dynamic`: "-:" leaves a module out, "+:" or nothing overrides; the first match counts.
+        # GPTQModel's `dynamic`: "-:" excludes a module, "+:" or no prefix overrides; the first match counts.
         found = regex_match(pattern.removeprefix("+:").removeprefix("-:"), module, anchored=True)
         if pattern.startswith("-:"):
             if found == "all":
@@ -82,11 +83,9 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
         return floats.describe(module, leaves, "gptq")
     name = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if name not in _LAYOUTS:
-        raise QuantizationError(
-            f"{module}: checkpoint_format is {name!r} in the config, should be {either(tuple(_LAYOUTS))}"
-        )
+        refuse_value(module, "checkpoint_format", name, either(tuple(_LAYOUTS)))
     if config.get("pack_dtype", "int32") != "int32":
-        raise QuantizationError(f"{module}: pack_dtype is {config['pack_dtype']!r} in the config, should be 'int32'")
+        refuse_value(module, "pack_dtype", config["pack_dtype"], "'int32'")
     return describe_packed(_LAYOUTS[name], _settings(config, module), module, leaves)
 
 

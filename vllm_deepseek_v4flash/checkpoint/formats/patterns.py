@@ -1,8 +1,8 @@
-"""Which modules a quantisation config means.
+"""Which modules the patterns of a quantisation config select.
 
-Tools write ignore lists and overrides in the names their own model had, which need not be the names the tensors
-are stored under. An exact name is therefore compared after translation; a regular expression is tried on every
-spelling of the module.
+Tools write ignore lists and overrides with the names of the model they quantised, which may differ from the stored
+names. An exact name is therefore translated before it is compared; a regular expression is tried on every spelling of
+the module.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Literal
 
-from vllm_deepseek_v4flash.checkpoint.names import Style, native_name, stored_name
-
 from ...ops.packed_weight import QuantizationError
+from ..names import Style, native_name, stored_name
 
-# "all": the pattern matches the module in DeepSeek's spelling and in transformers'. "some": in one of them only,
-# so that it may have been written with the other in mind (`.*gate$` is the router to transformers, and the
-# compressor's gate too to DeepSeek).
+# "all": the pattern matches the module in both DeepSeek's and transformers' spelling. "some": in only one of them, so
+# it may have been written for the other (`.*gate$` is the router in transformers' names, and in DeepSeek's also the
+# compressor's gate).
 Match = Literal["all", "some", "none"]
 
 _DEEPSEEK: tuple[Style, ...] = ("native", "prefixed", "saved")
@@ -32,7 +31,7 @@ def _with_and_without_model(names: Iterable[str]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 17)
 def spellings(module: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The module's names as DeepSeek spells it, as transformers does, and the mixtures tools write."""
+    """The module's names in DeepSeek's spelling, in transformers', and in the mixtures that tools write."""
     try:
         deepseek = {stored_name(module, style) for style in _DEEPSEEK}
         transformers = {stored_name(module, "transformers")}
@@ -66,8 +65,8 @@ def _dotted(module: str) -> tuple[str, frozenset[str]]:
 
 
 @lru_cache(maxsize=64)
-def _sorted_out(patterns: tuple[str, ...]) -> tuple[dict[str, str], tuple[tuple[str, str, str], ...]]:
-    """The patterns that name a module, by DeepSeek's name of it; the others, with their last component and dots."""
+def _classified(patterns: tuple[str, ...]) -> tuple[dict[str, str], tuple[tuple[str, str, str], ...]]:
+    """Patterns that are a module's name, keyed by DeepSeek's name; the others with last component and dots."""
     exact: dict[str, str] = {}
     parts = []
     for pattern in patterns:
@@ -84,9 +83,9 @@ def find_name(patterns: Iterable[str], module: str) -> str | None:
     """The pattern that is the module's name, else the first that is one or more whole components of it.
 
     `mlp.gate`, `wo_a` and `layers.3` are components. A config may hold hundreds of patterns and a checkpoint
-    has tens of thousands of modules, so the patterns are sorted out once.
+    has tens of thousands of modules, so the patterns are classified once.
     """
-    exact, parts = _sorted_out(tuple(patterns))
+    exact, parts = _classified(tuple(patterns))
     if module in exact:
         return exact[module]
     if not parts:
@@ -101,7 +100,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise QuantizationError(
-            f"quantization_config holds {pattern!r}, which is not a regular expression: {error}"
+            f"quantization_config holds {pattern!r}, which is not a regular expression: {error}. Correct it."
         ) from error
 
 
