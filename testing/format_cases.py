@@ -1,7 +1,7 @@
-"""Random weights in every format, written here from codes, scales and zero points that are known.
+"""Random weights in every format, written from known codes, scales and zero points.
 
-`CASES` has an entry for every format of the registry (`test_formats.py` insists on it). A case's `weight` is
-computed from the codes, so it is an oracle for all that reads the stored tensors.
+`CASES` has an entry for every registered format (`test_formats.py` checks that). A case's `weight` is computed from the
+codes, so it is an oracle for everything that reads the stored tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 MODULE = "layers.3.ffn.experts.7.w1"
+# The leaves that hold codes, and those that hold scales, in all formats.
+WEIGHT_LEAVES = ("weight", "qweight", "weight_packed")
+SCALE_LEAVES = ("scales", "weight_scale", "scale", "weight_scale_inv")
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 

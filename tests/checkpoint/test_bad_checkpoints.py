@@ -1,7 +1,7 @@
-"""Each way in which a packed checkpoint can be broken ends in an error that names the file and the tensor.
+"""Each way in which a checkpoint can be broken ends in an error with the file and the tensor.
 
-Every case starts from a good fixture. What headers show is refused while vLLM builds its config; what only values show
-is refused during the load. Neither waits for the server to open its port (`test_the_server_does_not_start`).
+Every case starts from a good checkpoint. What headers show is refused while vLLM builds its config; what only values
+show is refused during the load. Neither waits for the server to open its port (`test_the_server_does_not_start`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from testing import tiny
 from testing.engine import make_llm
 from testing.fixtures import unpacked
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
@@ -127,6 +128,35 @@ def test_headers_are_refused_before_anything_is_built(name: str, tmp_path: Path)
     with broken(case, tmp_path) as path, pytest.raises(ValueError) as error:  # noqa: PT011 - matched below
         EngineArgs(model=str(path), dtype="float32", skip_tokenizer_init=True).create_engine_config()
     assert re.search(case.message, str(error.value), re.DOTALL), error.value
+
+
+PLAIN_CASES: dict[str, tuple[Break, str]] = {
+    "truncated shard": (truncate, r"model\.safetensors is truncated"),
+    "missing shard": (lose_a_shard, r"missing: model-00002-of-00002\.safetensors"),
+    "pickle": (pickle_instead, r"pytorch_model\.bin.*pickle can run any code"),
+    "missing tensor": (
+        drop("0.attn.wq_a.weight"),
+        r"1 missing\n  missing: layers\.0\.attn\.wq_a\.weight: should be \[",
+    ),
+    "two problems": (
+        lambda d: edit_tensors(d, lambda t: t.update({"head.weight": torch.zeros(5, 5), "x": torch.zeros(1)})),
+        r"mis-shaped: head\.weight: has \[5, 5\] F32.*unexpected: x: has \[1\] F32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_CASES)
+def test_unquantised_headers_are_refused_before_anything_is_built(name: str, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    break_it, message = PLAIN_CASES[name]
+    path = tiny.write_checkpoint(tmp_path / "checkpoint", tiny.CONFIGS["mixed"])
+    arguments = EngineArgs(model=str(path), dtype="float32", skip_tokenizer_init=True, max_model_len=512)
+    assert arguments.create_engine_config().quant_config is None
+    break_it(path)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - matched below
+        arguments.create_engine_config()
+    assert re.search(message, str(error.value), re.DOTALL), error.value
 
 
 @pytest.mark.parametrize("name", VALUE_CASES)

@@ -1,7 +1,7 @@
 """Fills a model's parameters from a stream of stored tensors, and refuses a checkpoint that does not fit.
 
-What fits is `survey.py`'s to say; only values are checked here. Nothing here knows vLLM: a parameter that is sharded or
-stacked brings its own `weight_loader`, as vLLM's do.
+`survey.py` decides what fits; only values are checked here. Nothing here depends on vLLM: a sharded or stacked
+parameter has its own `weight_loader`, like vLLM's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_weights(
     packed: Mapping[str, PackedModule] | None = None,
     merged: Mapping[str, tuple[str, int]] | None = None,
 ) -> set[str]:
-    """Load a checkpoint, whichever way its tensors are named and packed.
+    """Load a checkpoint, whatever its tensor names and formats.
 
     Args:
         model: has a parameter (or buffer) `model.X` for native tensor X, `head.weight`, and for each layer
@@ -51,8 +51,8 @@ def load_weights(
             filled by its `weight_loader(parameter, tensor)`; without one it takes the whole tensor. A model without
             parameters for the shared expert has it in the stack, as expert number `n_routed_experts`.
         weights: (stored name, full tensor), in any order; consumed once.
-        local_layers: the layers of this pipeline stage; None for all. What belongs to another stage is
-            checked when it comes by, and need not come.
+        local_layers: the layers of this pipeline stage; None for all. Tensors of other stages are checked if they
+            arrive, and may be absent.
         first_stage: whether the embedding is here.
         last_stage: whether the final norm, hc_head and the head are here.
         local_experts: under expert parallelism, the experts of this rank; None for all.

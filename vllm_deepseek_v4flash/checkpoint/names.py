@@ -1,11 +1,10 @@
 """Every name and shape a DeepSeek-V4 tensor has, in one table.
 
-DeepSeek's names (`layers.0.attn.wq_a.weight`) are the ones used inside this package. Four other spellings
-reach us: the same behind `model.`; what transformers' `save_pretrained` writes (DeepSeek's, but for a
-few); transformers' module names (`model.layers.0.self_attn.q_a_proj.weight`), with experts apart or
-fused; and mixtures of these that quantisation tools produce. A name is therefore read piece by piece:
-containers first, then the module, then whatever leaf hangs on it (`weight`, or a quantiser's `qweight`,
-`scales`, `weight_packed`, ...), which stays as it is.
+This package uses DeepSeek's names (`layers.0.attn.wq_a.weight`). Checkpoints come in four other spellings: the same
+with a `model.` prefix; what transformers' `save_pretrained` writes (DeepSeek's, with a few exceptions); transformers'
+module names (`model.layers.0.self_attn.q_a_proj.weight`), with separate or fused experts; and mixtures of these that
+quantisation tools produce. A name is therefore translated piece by piece: containers first, then the module. The leaf
+(`weight`, or a quantised format's `qweight`, `scales`, `weight_packed`, ...) is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind
+from ..config import DeepseekV4Config, LayerKind
 
 Where = Literal["global", "layer", "compressed", "csa", "hash", "biased", "expert"]
 Style = Literal["native", "prefixed", "saved", "transformers"]
@@ -32,10 +31,9 @@ class TensorSpec:
 class Row:
     """One tensor, or one per layer or per expert (`*` stands for the expert's number).
 
-    `native` and `transformers` are relative to `layers.N.` unless `where` is "global". A `module` holds a
-    `weight` (or a quantiser's leaves in its place); any other row is a bare parameter. `dims` name the
-    entries of `_dimensions`. `saved` is what `save_pretrained` writes where that is not `model.` +
-    native.
+    `native` and `transformers` are relative to `layers.N.` unless `where` is "global". A `module` holds a `weight` (or
+    the leaves of a quantised format in its place); any other row is a parameter of its own. `dims` are keys of
+    `_dimensions`. `saved` is what `save_pretrained` writes if that is not `model.` + native.
     """
 
     native: str
@@ -111,8 +109,8 @@ TABLE: tuple[Row, ...] = (
 FUSED_GATE_UP = "ffn.experts.gate_up_proj"
 FUSED_DOWN = "ffn.experts.down_proj"
 
-# Containers that have two names. DeepSeek puts the indexer beside the compressor and a compressor inside it,
-# transformers puts the indexer inside the compressor: both fold into `attn.indexer.`.
+# Containers with two names. DeepSeek's indexer is next to the compressor and contains another one, transformers'
+# indexer is inside the compressor: both fold into `attn.indexer.`.
 _CONTAINERS = (
     ("self_attn.", "attn."),
     ("mlp.", "ffn."),
@@ -153,11 +151,11 @@ def _find(path: str, rows: dict[str, Row]) -> tuple[Row, str] | None:
 
 
 def native_name(source: str) -> str | None:
-    """DeepSeek's name for a stored tensor or module name, in whichever spelling; None if there is none.
+    """DeepSeek's name of a stored tensor or module, whatever its spelling; None if the model has no such tensor.
 
-    The leaf stays: `model.layers.0.self_attn.q_a_proj.qweight` is `layers.0.attn.wq_a.qweight`. A module name
+    The leaf is kept: `model.layers.0.self_attn.q_a_proj.qweight` is `layers.0.attn.wq_a.qweight`. A module name
     without a leaf (as in the ignore lists of quantisation configs) gives a module name. Fused experts give
-    `layers.N.ffn.experts.gate_up_proj` or `.down_proj`, and `mtp.*` keeps its own name (see `is_mtp`).
+    `layers.N.ffn.experts.gate_up_proj` or `.down_proj`, and `mtp.*` keeps its name (see `is_mtp`).
     """
     name = source.removeprefix("model.")
     if is_mtp(name):
@@ -182,7 +180,7 @@ def native_name(source: str) -> str | None:
 
 
 def is_mtp(source: str) -> bool:
-    """Whether a stored name belongs to a multi-token-prediction (or DSpark) block, which is not served."""
+    """Whether a stored name belongs to a multi-token-prediction (or DSpark) block, which is not loaded."""
     return source.removeprefix("model.").startswith("mtp.")
 
 
@@ -200,9 +198,9 @@ def expert_index(native: str) -> int | None:
 
 
 def stored_name(native: str, style: Style) -> str:
-    """The inverse of `native_name` for one style: what a checkpoint of that style calls this tensor.
+    """The inverse of `native_name`: the tensor's name in a checkpoint of one style.
 
-    "saved" is what transformers' `save_pretrained` writes. Experts stay apart in every style.
+    "saved" is what transformers' `save_pretrained` writes. Experts are separate in every style.
 
     Raises:
         KeyError: `native` is not one of the model's tensors.
@@ -302,7 +300,7 @@ def fused_shape(config: DeepseekV4Config, native: str) -> tuple[int, int, int] |
 
 
 def fused_parts(config: DeepseekV4Config, native: str) -> list[tuple[str, tuple[int, slice]]]:
-    """What a fused expert tensor is made of: per-expert native names and where each lies in it.
+    """The parts of a fused expert tensor: native names per expert, and the location of each.
 
     A part is `tensor[index]` with `index = (expert, rows)`; gate (w1) comes before up (w3).
     """

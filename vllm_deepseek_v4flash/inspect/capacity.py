@@ -1,7 +1,7 @@
 """What a checkpoint takes on each GPU, and how much context the rest of the memory holds: arithmetic only, no vLLM.
 
 Weights and cache pages are exact: the shards are those of `layers/`, the pages those of `kv_cache/page_sizes.py`, the
-pool is laid out as vLLM's planner does it. What a step needs besides is an estimate, and says so (`activation_bytes`).
+pool is laid out as vLLM's planner does it. What a step needs on top of these is an estimate (`activation_bytes`).
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _group_size(repeats: list[int], smallest: int) -> int:
 
 
 def activation_bytes(config: DeepseekV4Config, limits: Limits, batch_tokens: int) -> int:
-    """An estimate of what a step of `batch_tokens` needs besides weights and cache, on one GPU.
+    """An estimate of what a step of `batch_tokens` needs in addition to weights and cache, on one GPU.
 
     Per token: the residual streams in and out in 16 bits, and the widest of four fp32 copies of them (hyper-
     connections), q and the attention output with their fp32 copies, the routed experts' rows. Then the fp32 logits
@@ -232,7 +232,7 @@ class Fit:
     cache: int
     """Bytes left for the cache pool; negative where the weights do not fit."""
     context: int
-    """Tokens of entries that the pool holds besides one request's windows and states; 0 if it cannot start."""
+    """Tokens of entries that the pool holds next to one request's windows and states; 0 if it cannot start."""
     max_model_len: int
     """Largest --max-model-len that vLLM accepts, at most the model's own; 0 if it cannot start."""
 
@@ -247,7 +247,7 @@ class Capacity:
     pool: CachePool
     kv_bytes_per_token: float
     request_bytes: int
-    """Pool memory of one decoding request besides its entries: windows and states, rounded up to blocks."""
+    """Pool memory of one decoding request without its entries: windows and states, rounded up to blocks."""
     fits: tuple[Fit, ...]
     best: Fit | None
 

@@ -21,7 +21,7 @@ _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))
 
 _INSPECT = """\
 Read config.json and the safetensors headers of a checkpoint, print its modules by format, group size, shape, count and
-bytes, and name what is missing, unexpected or mis-shaped. With --gpus and --memory also say what fits. Reads no
+bytes, and list what is missing, unexpected or mis-shaped. With --gpus and --memory also say what fits. Reads no
 weights, needs no GPU and no vLLM. Exit status: 0 it can be served, 1 it cannot (the reasons come last), 2 wrong usage.
 """
 
@@ -72,12 +72,16 @@ def _parser() -> argparse.ArgumentParser:
         help="memory of each GPU, as CUDA reports it (about 79GiB of an 80 GB card)",
     )
     fit.add_argument("--gpu-memory-utilization", type=_share, default=0.92, metavar="SHARE",
-                     help="as vLLM's; default %(default)s, which is vLLM's")  # fmt: skip
-    fit.add_argument("--kv-cache-dtype", default="auto", metavar="DTYPE", help="as vLLM's: auto (fp8), fp8, bfloat16")
+                     help="same as vLLM's; default %(default)s")  # fmt: skip
+    fit.add_argument(
+        "--kv-cache-dtype", default="auto", metavar="DTYPE", help="same as vLLM's: auto (fp8), fp8, bfloat16"
+    )
     fit.add_argument("--index-cache-dtype", default="auto", metavar="DTYPE",
-                     help="the indexer's keys: auto (as the cache), fp8, fp4, model")  # fmt: skip
-    fit.add_argument("--enable-expert-parallel", action="store_true", help="as vLLM's: whole experts on each GPU")
-    fit.add_argument("--max-num-seqs", type=_positive, default=256, metavar="N", help="as vLLM's; default %(default)s")
+                     help="the indexer's keys: auto (same as the cache), fp8, fp4, model")  # fmt: skip
+    fit.add_argument("--enable-expert-parallel", action="store_true", help="same as vLLM's: whole experts on each GPU")
+    fit.add_argument(
+        "--max-num-seqs", type=_positive, default=256, metavar="N", help="same as vLLM's; default %(default)s"
+    )
     return parser
 
 
@@ -98,7 +102,7 @@ def _share(text: str) -> float:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    # Imported here: they bring torch, which `--help` and a wrong option need not wait for.
+    # Imported here because they import torch, which `--help` and wrong options do not need.
     from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
     from vllm_deepseek_v4flash.inspect.contents import inspect_checkpoint
     from vllm_deepseek_v4flash.inspect.report import as_json, as_text

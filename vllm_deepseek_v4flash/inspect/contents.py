@@ -82,22 +82,26 @@ def inspect_checkpoint(directory: str | Path) -> Report:
 
 
 def quantization_config(values: Mapping[str, Any]) -> Any:
-    """What config.json says of the quantisation, under either of the names that vLLM reads."""
+    """The quantisation config in config.json, under either of the keys that vLLM reads."""
     found = values.get("quantization_config")
     return values.get("compression_config") if found is None else found
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a mapping; CheckpointError says what is wrong with it."""
+    """config.json as a mapping.
+
+    Raises:
+        CheckpointError: no such directory or file, or it does not hold a JSON object.
+    """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: name the one that holds config.json and the shards")
+        raise CheckpointError(f"{directory} is not a directory. Pass the one that holds config.json and the shards.")
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json: name the directory of a downloaded checkpoint")
+        raise CheckpointError(f"{directory} has no config.json. Pass the directory of a downloaded checkpoint.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}. Download it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is a JSON {type(values).__name__}, should be an object")
     return values

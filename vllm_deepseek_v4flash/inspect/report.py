@@ -16,7 +16,7 @@ _GIB = 1 << 30
 
 
 def as_text(report: Report, capacity: Capacity | None, reasons: Sequence[str], flags: Sequence[str]) -> str:
-    """The whole report; `flags` are the options of `vllm serve` besides those that this module works out."""
+    """The whole report; `flags` are further options of `vllm serve`, in addition to those worked out here."""
     lines = [*_summary(report), "", *_module_table(report)]
     if report.problems:
         counts, *problems = problem_lines(report.problems, "--json lists all")
@@ -96,7 +96,7 @@ def _summary(report: Report) -> list[str]:
     if report.skipped:
         lines.append(
             f"skipped: {report.skipped:,} mtp.* tensors, {_gb(report.skipped_bytes)}; "
-            f"multi-token prediction is not served"
+            f"multi-token prediction is not supported"
         )
     return lines
 
@@ -167,7 +167,7 @@ def _verdict(reasons: Sequence[str]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Columns as wide as they must be; the first `left` of them are text, the others numbers."""
+    """Columns as wide as their content; the first `left` are text, the others numbers."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = []
     for row in (header, *rows):

@@ -13,7 +13,18 @@ import torch
 
 from testing import format_cases as cases
 from testing.fixtures import headers
-from testing.format_cases import CASES, FP8_CONFIG, FP8_GROUP, MODULE, Case, Make, ct_config, weights_args
+from testing.format_cases import (
+    CASES,
+    FP8_CONFIG,
+    FP8_GROUP,
+    MODULE,
+    SCALE_LEAVES,
+    WEIGHT_LEAVES,
+    Case,
+    Make,
+    ct_config,
+    weights_args,
+)
 from vllm_deepseek_v4flash.checkpoint.formats import format_of
 from vllm_deepseek_v4flash.checkpoint.headers import TensorHeader
 from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, Scheme
@@ -24,7 +35,6 @@ PACKED = [
     for case, make in made.items()
     if case != "plain" and name != "unquantised"
 ]
-SCALES = ("scales", "weight_scale", "scale", "weight_scale_inv")
 
 
 def describe(case: Case) -> Scheme:
@@ -51,7 +61,7 @@ def both(case: Case, scheme: Scheme) -> list[str]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_scale_not_finite(make: Make, value: float) -> None:
     case = make()
-    leaf = next(name for name in SCALES if name in case.leaves)
+    leaf = next(name for name in SCALE_LEAVES if name in case.leaves)
     scheme, scales = describe(case), case.leaves[leaf].clone()
     if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
         scales.view(torch.uint8)[-1, 0] = 255  # its only value that is not finite
@@ -68,7 +78,7 @@ def test_cut_short(make: Make) -> None:
     case = make()
     scheme = describe(case)
     for leaf, tensor in case.leaves.items():
-        if leaf in ("weight", "qweight", "weight_packed"):
+        if leaf in WEIGHT_LEAVES:
             continue
         short = with_leaf(case, leaf, tensor[:-1])
         for text in (message(partial(describe, short)), *both(short, scheme)):
@@ -79,7 +89,7 @@ def test_cut_short(make: Make) -> None:
 @pytest.mark.parametrize("make", PACKED)
 def test_weight_cut_short_when_read(make: Make) -> None:
     case = make()
-    leaf = next(name for name in ("weight", "qweight", "weight_packed") if name in case.leaves)
+    leaf = next(name for name in WEIGHT_LEAVES if name in case.leaves)
     for text in both(with_leaf(case, leaf, case.leaves[leaf][:-1]), describe(case)):
         assert re.match(rf"{re.escape(case.module)}: tensor {leaf} has shape \[.*\], should be \[", text)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from testing.fixtures import PARTIAL, WHOLE, fixture, headers, sha256
-from testing.format_cases import CASES, Case, Make
+from testing.format_cases import CASES, WEIGHT_LEAVES, Case, Make
 from vllm_deepseek_v4flash.checkpoint.formats import FORMATS, format_of, is_supported, register
 from vllm_deepseek_v4flash.log import warning_once
 from vllm_deepseek_v4flash.ops.packed_weight import QuantizationError, Scheme, canonical_shapes, dequantise
@@ -75,7 +75,7 @@ def test_checkpoints_of_the_tools(name: str) -> None:
     form = format_of(checkpoint.config)
     packed = set()
     for module, leaves in checkpoint.modules.items():
-        if not leaves.keys() & {"weight", "qweight", "weight_packed"}:
+        if not leaves.keys() & set(WEIGHT_LEAVES):
             continue  # a bare parameter
         scheme = form.describe(checkpoint.config, module, headers(leaves))
         assert (scheme.kind == "plain") == (module not in checkpoint.hashes), module
