@@ -277,8 +277,7 @@ COMPRESSOR = (
           _op("compress", "apply_rope(rms_norm.reference(pooled, norm_weight, eps), cos_sin)",
               "apply_rope(pooled, cos_sin)")),
     _trap("compressor projections and router in bf16", "mixed",
-          _op("linear_fp32", "F.linear(x.float(), weight.float())", _BF16),
-          _op("merged_linear", "F.linear(x.float(), weight.float())", _BF16)),
+          _op("linear_fp32", "F.linear(x.float(), weight.float())", _BF16)),
 )  # fmt: skip
 
 # 17: the indexer.
