@@ -390,7 +390,7 @@ def test_262144_candidates_at_full_size(device, rng):
         ({"cos_sin": torch.zeros(1, ROPE)}, r"cos_sin must have shape \[2, \*\], got \[1, 8\]"),
         ({"cos_sin": torch.zeros(2, 7)}, "cannot rotate 7 of 64 dimensions"),
         ({"cos_sin": torch.zeros(2, 66)}, "cannot rotate 66 of 64 dimensions"),
-        ({"cos_sin": torch.zeros(2, 0)}, "cannot rotate 0 of 64 dimensions: need an even number from 2 up"),
+        ({"cos_sin": torch.zeros(2, 0)}, "cannot rotate 0 of 64 dimensions: need an even number of at least 2"),
         ({"cos_sin": torch.zeros(2, ROPE).bfloat16()}, "cos_sin must be torch.float32, got torch.bfloat16"),
         ({"positions": [1]}, r"positions must have shape \[2\], got \[1\]"),
         ({"request": [0, 0, 0]}, r"request must have shape \[2\], got \[3\]"),

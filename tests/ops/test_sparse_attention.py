@@ -429,8 +429,8 @@ def test_entries_of_another_width_are_named(device, rng):
         problem.run(4, entries=entries.rows)
 
 
-def test_entries_stored_otherwise_are_named(device, rng):
+def test_entries_in_another_format_are_named(device, rng):
     problem = Problem(rng, device, lengths=[8], asked=[(0, 1)], ratio=4)
     entries = make_cache(FORMATS["fp8"], 2, [2], rng, device)
-    with pytest.raises(ValueError, match=r"stored alike, got .*codec='plain'.* and .*codec='e4m3'"):
+    with pytest.raises(ValueError, match=r"must have the same format, got .*codec='plain'.* and .*codec='e4m3'"):
         problem.run(4, entries=entries.rows)
