@@ -80,6 +80,23 @@ struct Rows {
   __device__ bool valid(int i) const { return i < 16 ? first + i < first_end : second + i - 16 < second_end; }
 };
 
+// part += codes[16 rows, 32 columns] @ x[32 columns, 8 pairs]: block `b` of a piece, rows `upper` and `upper` + 8 of this
+// thread, whose zero points are those of group `i`.
+template <int kCodec>
+__device__ void multiply_block(const Queue& queue, int piece, int upper, int b, int i, uint32_t x0, uint32_t x1,
+                               uint32_t x2, uint32_t x3, float (&part)[4]) {
+  const int t = threadIdx.x % 4, lower = upper + 8;
+  const uint32_t w0 = queue.codes[piece][upper][b * 4 + t], w1 = queue.codes[piece][lower][b * 4 + t];
+  const uint32_t b0 = kCodec == kInt4 ? queue.biases[upper][i] : 0;
+  const uint32_t b1 = kCodec == kInt4 ? queue.biases[lower][i] : 0;
+  const uint32_t a[4] = {decode<kCodec, 0>(w0, b0), decode<kCodec, 0>(w1, b1), decode<kCodec, 1>(w0, b0),
+                         decode<kCodec, 1>(w1, b1)};
+  const uint32_t c[4] = {decode<kCodec, 2>(w0, b0), decode<kCodec, 2>(w1, b1), decode<kCodec, 3>(w0, b0),
+                         decode<kCodec, 3>(w1, b1)};
+  gpu::mma(part, a, x0, x1);
+  gpu::mma(part, c, x2, x3);
+}
+
 // One warp's share of [32 rows] x [8 pairs]: sums[tile] is the matrix unit's accumulator of a tile of 16 rows.
 // `column` is the activation row of pair lane / 4, or null: its dot products are zero then.
 template <int kCodec>
@@ -122,7 +139,7 @@ __device__ void multiply(const Weights& w, int expert, const Rows& rows, const u
 
   for (int stage = warp, piece = 0; stage < stages; stage += kWarps, piece = (piece + 1) % kStages) {
     gpu::wait<kStages - 2>();
-    gpu::sync_warp();  // all copies of this piece have landed, and nobody reads the piece before it any more
+    gpu::sync_warp();  // all copies of this piece have landed, and no lane reads the piece before it any more
     const int next = stage + (kStages - 1) * kWarps;
     if (next < stages) fetch(next, (piece + kStages - 1) % kStages);
     gpu::commit();
@@ -147,18 +164,10 @@ __device__ void multiply(const Weights& w, int expert, const Rows& rows, const u
       const int i = b / span;
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const int upper = tile * 16 + g, lower = upper + 8;
-        const uint32_t w0 = queue.codes[piece][upper][b * 4 + t], w1 = queue.codes[piece][lower][b * 4 + t];
-        const uint32_t b0 = kCodec == kInt4 ? queue.biases[upper][i] : 0;
-        const uint32_t b1 = kCodec == kInt4 ? queue.biases[lower][i] : 0;
-        const uint32_t a[4] = {decode<kCodec, 0>(w0, b0), decode<kCodec, 0>(w1, b1), decode<kCodec, 1>(w0, b0),
-                               decode<kCodec, 1>(w1, b1)};
-        const uint32_t c[4] = {decode<kCodec, 2>(w0, b0), decode<kCodec, 2>(w1, b1), decode<kCodec, 3>(w0, b0),
-                               decode<kCodec, 3>(w1, b1)};
-        gpu::mma(part[tile], a, x0, x1);
-        gpu::mma(part[tile], c, x2, x3);
+        const int upper = tile * 16 + g;
+        multiply_block<kCodec>(queue, piece, upper, b, i, x0, x1, x2, x3, part[tile]);
         if ((b + 1) % span == 0 || b + 1 == left) {
-          const float s0 = queue.scales[upper][i], s1 = queue.scales[lower][i];
+          const float s0 = queue.scales[upper][i], s1 = queue.scales[upper + 8][i];
           sums[tile][0] += s0 * part[tile][0];
           sums[tile][1] += s0 * part[tile][1];
           sums[tile][2] += s1 * part[tile][2];
@@ -170,7 +179,7 @@ __device__ void multiply(const Weights& w, int expert, const Rows& rows, const u
   }
 }
 
-// Lays the warps' shares side by side; add_warps sums them.
+// Stores the warps' shares next to each other; add_warps sums them.
 __device__ void share_sums(const float (&sums)[2][4], Shared& shared) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   gpu::wait<0>();

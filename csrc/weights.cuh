@@ -1,4 +1,4 @@
-// A packed weight's codes become bf16: ops/packed_weight.py's canonical form, read as it lies.
+// A packed weight's codes become bf16: ops/packed_weight.py's canonical form, read as it is stored.
 #pragma once
 
 #include "gpu.cuh"

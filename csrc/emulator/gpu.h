@@ -47,7 +47,7 @@ struct Group {
   int alive = 0, arrived = 0, generation = 0;
 };
 
-// What the lanes of a warp show one another; by turns in two places, so that nobody overwrites what is still read.
+// What the lanes of a warp show each other, alternately in two places, so that no lane overwrites what is still read.
 struct Shown {
   bool condition[32];
   uint32_t a[32][4], b[32][2];
