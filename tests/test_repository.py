@@ -1,4 +1,4 @@
-"""What the repository weighs, and the archive that keeps it light."""
+"""The repository as a whole: the size of its binaries, the archive that keeps them small, its one version."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import vllm_deepseek_v4flash
 from testing.fixtures import ARCHIVE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,3 +59,12 @@ def test_processes_that_unpack_at_once_share_one_copy(tmp_path: Path) -> None:
     assert {
         path.relative_to(target).as_posix(): path.stat().st_size for path in target.rglob("*") if path.is_file()
     } == sizes
+
+
+def test_versions_are_stated_once_or_agree() -> None:
+    """The package's version is `__version__` alone; the supported vLLM is in the package and in its metadata."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "vllm_deepseek_v4flash.__version__"}
+    assert project["project"]["optional-dependencies"]["cuda"] == [vllm_deepseek_v4flash.SUPPORTED_VLLM]
+    assert f"## [{vllm_deepseek_v4flash.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
