@@ -1,5 +1,7 @@
 """Attention over given rows in fp64."""
 
+from __future__ import annotations
+
 import math
 
 import torch
@@ -7,7 +9,13 @@ import torch
 from .numeric import FUNCTION, TINY, U32, U
 
 
-def attend(q, rows, sinks, scale, weights_dtype=torch.float32):
+def attend(
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    sinks: torch.Tensor,
+    scale: float,
+    weights_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax over scores [heads, rows] and sinks times the rows, and a bound on what rounding may move it."""
     scores = q @ rows.T * scale
     top = torch.cat((scores, sinks[:, None]), dim=1).amax(1)

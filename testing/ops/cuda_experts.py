@@ -1,7 +1,10 @@
 """Random layers of experts for csrc/'s kernels, and their result in fp64."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +24,7 @@ SCHEMES = {
 INT4 = SCHEMES["int4, groups of 32, fp16"]
 
 
-def packed(rng, scheme, *shape):
+def packed(rng: torch.Generator, scheme: Scheme, *shape: int) -> dict[str, torch.Tensor]:
     """Random canonical tensors [*shape[:-2], ...] of weights [..., N, K]; rows and scales of every size and sign."""
     *stack, n, k = shape
     tensors = {}
@@ -38,10 +41,21 @@ def packed(rng, scheme, *shape):
 
 class Problem:
     def __init__(
-        self, rng, device, scheme=INT4, *, tokens=3, topk=2, experts=4, inner=64, hidden=288, ids=None, first=0
-    ):
+        self,
+        rng: torch.Generator,
+        device: torch.device | str,
+        scheme: Scheme = INT4,
+        *,
+        tokens: int = 3,
+        topk: int = 2,
+        experts: int = 4,
+        inner: int = 64,
+        hidden: int = 288,
+        ids: Sequence[Sequence[int]] | None = None,
+        first: int = 0,
+    ) -> None:
         # A group as wide as the weight is channel-wise: its width differs between the two.
-        def fitted(columns):
+        def fitted(columns: int) -> Scheme:
             return dataclasses.replace(scheme, group_size=columns) if columns % scheme.group_size else scheme
 
         self.rng, self.device = rng, device
@@ -52,18 +66,18 @@ class Problem:
         self.weights = torch.rand(self.ids.shape, generator=rng)
         self.x = torch.randn(len(self.ids), hidden, generator=rng).bfloat16()
 
-    def run(self, limit=10.0):
+    def run(self, limit: float = 10.0) -> torch.Tensor:
         x, weights, ids = (tensor.to(self.device) for tensor in (self.x, self.weights, self.ids))
         w13, w2 = ({n: t.to(self.device) for n, t in weight.items()} for weight in (self.w13, self.w2))
         return cuda.packed_experts(
             x, w13, w2, self.scheme13, self.scheme2, weights, ids, swiglu_limit=limit, first_expert=self.first
         )
 
-    def dequantised(self, expert):
+    def dequantised(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gate, up = (dequantise({n: t[expert, i] for n, t in self.w13.items()}, self.scheme13).double() for i in (0, 1))
         return gate, up, dequantise({n: t[expert] for n, t in self.w2.items()}, self.scheme2).double()
 
-    def expected(self, limit=10.0):
+    def expected(self, limit: float = 10.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The sums in fp64, and how far fp32 sums and one rounding of the activations may be from them."""
         out, bound = torch.zeros(self.x.shape, dtype=torch.float64), torch.zeros(self.x.shape, dtype=torch.float64)
         columns, inner, topk = self.x.shape[1], self.w2["qweight"].shape[-1] * 2, self.ids.shape[1]
@@ -87,7 +101,7 @@ class Problem:
             bound[token] += down_weight.abs() @ (error + sums * (activation.abs() + error))
         return out, bound
 
-    def check(self, limit=10.0):
+    def check(self, limit: float = 10.0) -> None:
         actual = self.run(limit)
         assert actual.dtype == torch.float32
         assert_within(actual, *self.expected(limit))

@@ -1,6 +1,7 @@
 """The experts of csrc/ against dequantised weights in fp64: emulated thread by thread, and as compiled on a GPU."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -143,9 +144,15 @@ def test_ids_and_inputs_in_other_layouts(make):
 )
 def test_what_the_kernels_cannot_compute_is_said(make, change, reason):
     problem = make()
-    arguments = {"dtype": torch.bfloat16, "scheme13": INT4, "scheme2": INT4, "hidden": 288, "w2": problem.w2}
+    arguments: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "scheme13": INT4,
+        "scheme2": INT4,
+        "hidden": 288,
+        "w2": problem.w2,
+    }
     assert cuda.unsuitable(**arguments) is None
-    assert reason in cuda.unsuitable(**{**arguments, **change})
+    assert reason in (cuda.unsuitable(**{**arguments, **change}) or "")
 
 
 def test_asked_for_by_name_they_refuse_what_they_cannot_compute(make, monkeypatch):

@@ -44,8 +44,9 @@ def test_every_op_runs_in_the_profiling_run(monkeypatch, kind, index):
     for cache, dim in ((step.main, 512), (step.index, 128)):
         if cache is not None:
             width = dim * (2 if ratio == 4 else 1)
+            main, gate = torch.randn(2, TOKENS, width)
             compress(
-                *torch.randn(2, TOKENS, width), torch.zeros(ratio, width), torch.ones(dim).bfloat16(), inv_freq,
+                main, gate, torch.zeros(ratio, width), torch.ones(dim).bfloat16(), inv_freq,
                 step.positions, step.request, cache.states, cache.state_slots, cache.entries,
                 ratio=ratio, eps=1e-6, dtype=torch.bfloat16,
             )  # fmt: skip

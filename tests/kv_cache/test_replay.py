@@ -17,7 +17,7 @@ LENGTHS = (1010, 3, 150)
 @pytest.fixture
 def replays(monkeypatch):
     """How often each number of tokens was replayed."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     original = Recording.replay
 
     def counted(recording):

@@ -1,5 +1,7 @@
 """How each kind of layer is stored and multiplied, by its weight's format and the device."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -98,7 +100,7 @@ def test_experts():
 @pytest.mark.parametrize("values", [(1.5, 1.5), (1.5, 1 + 2**-20), (1 + 2**-20, 1.5)])
 def test_both_stacks_of_experts_are_multiplied_in_one_dtype(values):
     method = methods.PlainExpertsMethod(shorten=True)
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.local_experts, layer.inner, layer.inner_rank, layer.limit, layer.first_expert = 1, 16, 0, None, 0
     method.create_weights(layer, 32)
     layer.w13_weight.data.fill_(values[0] / 32)

@@ -5,6 +5,7 @@ The interpreter must be chosen before Triton is imported, which `tests/conftest.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".test_")[2]
         found = {path.parent.name for path in Path(ops.__file__).parent.glob(f"*/{op}.py")}
-        cases = ["reference", *(backend for backend in ("cpu", "torch") if backend in found)]
+        cases: list[Any] = ["reference", *(backend for backend in ("cpu", "torch") if backend in found)]
         if "triton" in found:
             cases.append("interpreted")
         if {"triton", "torch"} & found:

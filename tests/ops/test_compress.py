@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def tokens(r, start, stop):
 KINDS = {"csa": (4, True), "hca-8": (8, False), "hca-128": (128, False), "overlap-16": (16, True), "pairs": (2, True)}
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
+@pytest.fixture(params=list(KINDS.values()), ids=list(KINDS))
 def kind(request):
     return dict(zip(("ratio", "overlap"), request.param, strict=True))
 
@@ -317,10 +318,10 @@ def test_rows_of_a_wider_tensor(device, rng):
     problem, plain = (
         Problem(torch.Generator().manual_seed(1), device, lengths=[9], ratio=4, overlap=True) for _ in range(2)
     )
-    both = torch.cat((problem.kv[0], problem.gate[0]), dim=1)
+    kv, gate = torch.cat((problem.kv[0], problem.gate[0]), dim=1).chunk(2, dim=1)
     slots = torch.tensor([problem.states.slot(0, p) for p in range(9)], device=device)
     compress(
-        *both.chunk(2, dim=1), problem.ape, problem.norm_weight, problem.inv_freq, torch.arange(9, device=device),
+        kv, gate, problem.ape, problem.norm_weight, problem.inv_freq, torch.arange(9, device=device),
         torch.zeros(9, dtype=torch.int64, device=device), problem.states.rows, slots, problem.entries.rows,
         ratio=4, eps=EPS, dtype=torch.float32,
     )  # fmt: skip
@@ -392,7 +393,7 @@ def test_the_gate_weights_each_channel_separately(device):
 )
 def test_wrong_arguments_are_named(device, rng, name, value, message):
     problem = Problem(rng, device, lengths=[4], ratio=4, overlap=True)
-    arguments = {
+    arguments: dict[str, Any] = {
         "kv": problem.kv[0][:3], "gate": problem.gate[0][:3], "ape": problem.ape, "norm_weight": problem.norm_weight,
         "inv_freq": problem.inv_freq, "positions": torch.arange(3, device=device),
         "request": torch.zeros(3, dtype=torch.int32, device=device), "states": problem.states.rows,

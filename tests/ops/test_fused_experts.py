@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from testing.ops.packed_weights import experts_in_fp64 as oracle
 from vllm_deepseek_v4flash.ops.fused_experts import fused_experts
 
 
-def problem(rng, device, *, tokens=9, hidden=40, inner=24, experts=6, topk=3, dtype=torch.float32):
+def problem(
+    rng, device, *, tokens=9, hidden=40, inner=24, experts=6, topk=3, dtype=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     x = normal(rng, tokens, hidden, device=device, dtype=dtype)
     w13 = normal(rng, experts, 2 * inner, hidden, scale=hidden**-0.5, device=device, dtype=dtype)
     w2 = normal(rng, experts, hidden, inner, scale=inner**-0.5, device=device, dtype=dtype)
@@ -107,7 +110,9 @@ def test_no_tokens(device, rng):
     [("w13", (6, 48, 39)), ("w2", (6, 40, 23)), ("w2", (5, 40, 24)), ("topk_weights", (8, 3)), ("topk_ids", (9, 2))],
 )
 def test_wrong_shapes_are_named(device, rng, name, shape):
-    arguments = dict(zip(("x", "w13", "w2", "topk_weights", "topk_ids"), problem(rng, device), strict=True))
+    arguments: dict[str, Any] = dict(
+        zip(("x", "w13", "w2", "topk_weights", "topk_ids"), problem(rng, device), strict=True)
+    )
     arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype, device=device)
     with pytest.raises(ValueError, match=f"{name} must have shape"):
         fused_experts(**arguments, swiglu_limit=None)

@@ -228,7 +228,7 @@ def test_route(backend, device, rng, hashed):
 
     def change():
         logits.neg_()
-        if hashed:
+        if ids is not None:
             ids.copy_(15 - ids)
 
     check(lambda: route(logits, 2, bias=None, expert_ids=ids, scaling=1.5), device, change)

@@ -22,7 +22,7 @@ FORMATS = {
 }
 
 
-@pytest.fixture(params=FORMATS.values(), ids=FORMATS)
+@pytest.fixture(params=list(FORMATS.values()), ids=list(FORMATS))
 def fmt(request):
     return request.param
 
@@ -232,9 +232,9 @@ def test_zeros_of_either_sign_tie(device, rng):
     q = torch.tensor([[[1.0, 0.0], [0.0, -1.0]]], device=device)
     cases = [([-1.0, 1.0], 1, [0]), ([-2.0, 1.0], 2, [0, 1]), ([-1.0, 2.0], 1, [2]), ([-1.0, 2.0], 2, [0, 2])]
     for weights, topk, expected in cases:
-        weights = torch.tensor([weights], device=device)
+        given = torch.tensor([weights], device=device)
         options = {"cos_sin": torch.tensor([[1.0, 0.0]]), "ratio": 1, "topk": topk, "max_entries": 3}
-        assert run(cache, q, weights, [2], [0], device, **options).tolist() == [expected]
+        assert run(cache, q, given, [2], [0], device, **options).tolist() == [expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

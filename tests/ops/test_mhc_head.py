@@ -1,5 +1,7 @@
 """The streams' sum before the final norm (docs/model.md, "Hyper-connections")."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_streams_may_be_strided(device, rng):
     streams, *others = problem(rng, device)
     strided = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]
     assert not strided.is_contiguous()
-    options = {"norm_eps": 1e-6, "hc_eps": 1e-6}
+    options: dict[str, Any] = {"norm_eps": 1e-6, "hc_eps": 1e-6}
     assert_exact(mhc_head(strided, *others, **options), mhc_head(streams, *others, **options))
 
 

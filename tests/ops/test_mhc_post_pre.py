@@ -20,7 +20,8 @@ def problem(rng, device, *, norm=True, **shape):
 @pytest.mark.parametrize(("tokens", "n", "hidden"), SHAPES)
 def test_matches_the_formulas(device, rng, dtype, tokens, n, hidden, norm):
     leave, enter = problem(rng, device, tokens=tokens, n=n, hidden=hidden, dtype=dtype, norm=norm)
-    streams, *entered = mhc_post_pre(*leave, *enter, **OPTIONS)
+    result = mhc_post_pre(*leave, *enter, **OPTIONS)
+    streams, entered = result[0], result[1:]
     x, before, post, comb = map(f64, leave)
     expected = post[:, :, None] * x[:, None] + torch.einsum("tjk,tjh->tkh", comb, before)
     size = (post[:, :, None] * x[:, None]).abs() + torch.einsum("tjk,tjh->tkh", comb.abs(), before.abs())

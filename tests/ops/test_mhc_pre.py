@@ -33,7 +33,8 @@ def test_products_have_every_bit_of_fp32(device, dtype):
 
 
 def test_streams_and_weights_may_be_strided(device, rng):
-    streams, *others = problem(rng, device, norm=True)
+    streams, fn, scale, base, norm_weight = problem(rng, device, norm=True)
+    others = fn, scale, base, norm_weight
     wide = torch.stack((streams, streams + 1), dim=3).flatten(2)[:, :, ::2]  # every other value
     strided = torch.cat((streams, streams + 1), dim=2)[..., : streams.shape[2]]  # rows of a wider tensor
     same = streams[:, :1].expand(streams.shape)  # one stream four times

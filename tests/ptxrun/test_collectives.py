@@ -1,5 +1,7 @@
 """Shuffles, votes, reductions and matrix products: what the lanes of a warp do together."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_shuffles(mode, b, c, of):
 
 LOADED = f".reg .b32 %x, %d;\n.reg .pred %c, %e;\n.reg .b64 %q;\n{MINE}%p0;\nld.global.b32 %x, [%q];\n"
 STORED = f"{MINE}%p1;\nst.global.b32 [%q], %d;\n"
-REDUCTIONS = {
+REDUCTIONS: dict[str, Callable[[np.ndarray], np.integer]] = {
     "add.s32": lambda a: a.sum(), "max.s32": max, "min.s32": min, "add.u32": lambda a: a.sum(),
     "max.u32": lambda a: a.view(np.uint32).max(), "min.u32": lambda a: a.view(np.uint32).min(),
     "and.b32": np.bitwise_and.reduce, "or.b32": np.bitwise_or.reduce, "xor.b32": np.bitwise_xor.reduce,

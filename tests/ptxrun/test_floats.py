@@ -1,5 +1,7 @@
 """Floating-point arithmetic against NumPy and PyTorch: equal bits, approximate functions correctly rounded."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -23,12 +25,13 @@ def test_floats():
     out = lanewise("fma.rn.f32", "f32", ["f32"] * 3, [a, b, c], np.float32)
     exact = a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)
     np.testing.assert_array_equal(out, exact.astype(np.float32))
-    for opcode, of in {
+    functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "ex2.approx.f32": np.exp2, "lg2.approx.f32": np.log2, "rcp.approx.f32": lambda x: 1 / x,
         "rcp.rn.f32": lambda x: 1 / x, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "sqrt.rn.f32": np.sqrt,
         "sqrt.approx.f32": np.sqrt, "abs.f32": np.abs, "neg.f32": np.negative, "tanh.approx.f32": np.tanh,
         "sin.approx.f32": np.sin, "cos.approx.f32": np.cos,
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for opcode, of in functions.items():
         out = lanewise(opcode, "f32", ["f32"], [a], np.float32)
         np.testing.assert_array_equal(out, of(a.astype(np.float64)).astype(np.float32), err_msg=opcode)
 
@@ -62,7 +65,12 @@ def test_float_comparisons(cmp):
     np.testing.assert_array_equal(lanewise(f"setp.{cmp}.f32", "pred", ["f32", "f32"], [a, b], np.uint32), expected)
 
 
-PACKED = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "fma.rn": lambda a, b, c: a * b + c}
+PACKED: dict[str, Callable[..., torch.Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "fma.rn": lambda a, b, c: a * b + c,
+}
 
 
 @pytest.mark.parametrize(("type_", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])

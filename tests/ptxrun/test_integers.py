@@ -1,5 +1,7 @@
 """Integer arithmetic, bits, comparisons, selection and predicates against NumPy and Python's integers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ def trunc_div(a, b):
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
-BINARY = {
+BINARY: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul.lo": lambda a, b: a * b, "min": min, "max": max,
     "div": trunc_div, "rem": lambda a, b: a if b == 0 else a - b * trunc_div(a, b),
 }  # fmt: skip

@@ -59,7 +59,8 @@ def test_completion(client: openai.OpenAI, example: dict[str, Any]) -> None:
         model=Server.NAME, prompt=example["prompt"], temperature=0.0, max_tokens=64,
         extra_body={"return_token_ids": True, "add_special_tokens": False},
     )  # fmt: skip
-    (choice,) = completion.choices
+    choices: list[Any] = list(completion.choices)
+    (choice,) = choices
     assert choice.token_ids == example["greedy_token_ids"]
     assert choice.text.strip().endswith(example["answer"])
     assert choice.finish_reason == "stop"
@@ -97,8 +98,9 @@ def test_chat(client: openai.OpenAI, example: dict[str, Any]) -> None:
 
 
 def test_streamed_chat(client: openai.OpenAI, example: dict[str, Any]) -> None:
-    thoughts, answer, token_ids, reasons = "", "", [], []
-    usage = None
+    thoughts, answer, reasons = "", "", []
+    token_ids: list[int] = []
+    usage: Any = None
     for chunk in client.chat.completions.create(
         stream=True, stream_options={"include_usage": True}, **chat_options(example)
     ):
@@ -186,7 +188,7 @@ def test_prefix_cache_hits_are_counted(server: Server, client: openai.OpenAI) ->
     after = server.metrics()
     assert after[QUERIES] - before[QUERIES] == 600
     assert after[HITS] - before[HITS] == CACHED_STEP
-    usages = [reply.usage for reply in replies]
+    usages: list[Any] = [reply.usage for reply in replies]
     assert after[PROMPTS] - before[PROMPTS] == sum(usage.prompt_tokens for usage in usages) == 600
     assert after[GENERATED] - before[GENERATED] == sum(usage.completion_tokens for usage in usages)
 

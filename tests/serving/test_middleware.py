@@ -200,6 +200,9 @@ def test_only_the_end_of_the_server_is_looked_at():
     async def receive():
         return {"type": "lifespan.startup"}
 
+    async def send(message):
+        raise AssertionError(message)
+
     scope = {"type": "lifespan", "app": SimpleNamespace(state=SimpleNamespace())}
-    asyncio.run(FailWithEngine(app)(scope, receive, None))
+    asyncio.run(FailWithEngine(app)(scope, receive, send))
     assert seen == [{"type": "lifespan.startup"}]

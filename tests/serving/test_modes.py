@@ -125,9 +125,13 @@ def test_generation_of_a_repository(monkeypatch, generation):
 @pytest.fixture
 def log(monkeypatch):
     monkeypatch.setattr(registration, "_registered", True)
-    messages = []
-    handler = logging.Handler()
-    handler.emit = messages.append
+    messages: list[logging.LogRecord] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record)
+
+    handler = Handler()
     level = registration.logger.level
     registration.logger.addHandler(handler)
     registration.logger.setLevel(logging.INFO)

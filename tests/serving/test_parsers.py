@@ -7,6 +7,7 @@ fix can go.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -77,13 +78,13 @@ def test_replies_without_calls(text, reasoning, content):
 @pytest.mark.parametrize("switches", [{}, {"thinking": False}, {"enable_thinking": True}, {"thinking": True}])
 def test_where_the_reply_starts(effort, switches):
     """In the thinking exactly where the prompt ends with <think>, whatever the switches say together."""
-    request = switches | {"reasoning_effort": effort}
+    request: dict[str, Any] = switches | {"reasoning_effort": effort}
     prompt = tokenizer().apply_chat_template([user("U")], tokenize=False, **request)
     reply = Reply("text", "") if prompt.endswith("<think>") else Reply("", "text")
     assert every_way(ours(), "text", **request) == reply
 
 
-CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
+CONTINUED: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def test_the_rest_of_a_continued_answer_is_content():
@@ -247,7 +248,11 @@ def valid(text):
 
 
 def test_stock_takes_the_answer_for_thinking():
-    request = {"thinking": False, "enable_thinking": True, "reasoning_effort": "low"}  # as its server passes them on
+    request: dict[str, Any] = {
+        "thinking": False,
+        "enable_thinking": True,
+        "reasoning_effort": "low",
+    }  # as its server passes them on
     assert whole(stock(), "A", **request) == Reply("A", "")
     assert whole(ours(), "A", **request) == Reply("", "A")
 

@@ -6,6 +6,7 @@ The toy has learnt no tools, so its calls are forced: by a choice of one reply, 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import openai
@@ -28,7 +29,7 @@ TOOLS = [
     tool("say", "Says.", text={"type": "string"}),
 ]
 # What makes the toy call, after its thoughts.
-CALL = {"tools": TOOLS[:1], "tool_choice": {"type": "function", "function": {"name": "add"}}}
+CALL: dict[str, Any] = {"tools": TOOLS[:1], "tool_choice": {"type": "function", "function": {"name": "add"}}}
 END_THINK = 6
 REQUEST_TIMEOUT = 1200  # seconds
 
@@ -71,17 +72,18 @@ def ask(client, messages, *, stream=False, **body):
         message = response.choices[0].message
         calls = [(one.function.name, one.function.arguments) for one in message.tool_calls or []]
         return message.reasoning or "", message.content or "", calls, response
-    reasoning, content, calls, chunks = "", "", [], []
+    reasoning, content, chunks = "", "", []
+    parts: list[list[str]] = []
     for chunk in client.chat.completions.create(stream=True, **request):
         chunks.append(chunk)
         for choice in chunk.choices:
             reasoning += getattr(choice.delta, "reasoning", None) or ""
             content += choice.delta.content or ""
             for one in choice.delta.tool_calls or []:
-                calls += [["", ""]] * (one.index + 1 - len(calls))
-                name, arguments = calls[one.index]
-                calls[one.index] = [name + (one.function.name or ""), arguments + (one.function.arguments or "")]
-    return reasoning, content, [tuple(one) for one in calls], chunks[0]
+                parts += [["", ""]] * (one.index + 1 - len(parts))
+                name, arguments = parts[one.index]
+                parts[one.index] = [name + (one.function.name or ""), arguments + (one.function.arguments or "")]
+    return reasoning, content, [tuple(one) for one in parts], chunks[0]
 
 
 # ---- modes
@@ -182,7 +184,7 @@ def test_the_responses_api_streamed(client, question):
         model=Server.NAME, input=question["question"], temperature=0.0, max_output_tokens=400, stream=True,
         tools=[function], tool_choice={"type": "function", "name": "add"},
     )  # fmt: skip
-    parts = {}
+    parts: dict[str, str] = {}
     for event in events:
         if event.type.endswith(".delta"):
             parts[event.type] = parts.get(event.type, "") + event.delta
@@ -218,7 +220,7 @@ def test_anthropics_api_streamed(client, question):
         "tools": [{"name": "add", "description": "Adds.", "input_schema": function["parameters"]}],
         "tool_choice": {"type": "tool", "name": "add"}, "stream": True,
     }  # fmt: skip
-    parts = {}
+    parts: dict[str, str] = {}
     with httpx.stream("POST", f"{client.base_url}messages", json=body, timeout=REQUEST_TIMEOUT) as reply:
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: {")]
     for event in map(json.loads, lines):
@@ -350,7 +352,7 @@ def test_json_by_a_schema_after_thinking(client, question):
 
 
 def test_logprobs_n_seed_stop_and_min_tokens(client, question):
-    body = {"n": 2, "seed": 7, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
+    body: dict[str, Any] = {"n": 2, "seed": 7, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
     first, second = (ask(client, [user(question["question"])], **body)[-1] for _ in range(2))
     assert [one.token_ids for one in first.choices] == [one.token_ids for one in second.choices]
     for choice in first.choices:

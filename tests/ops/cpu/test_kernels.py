@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -84,9 +85,9 @@ def test_exp_is_within_two_ulp():
     exact = x.double().exp()
     assert ((out.double() - exact).abs() <= 2 * 2.0**-23 * exact).all()
     ends = np.array([np.nan, -np.inf, np.inf, -87.5, 89.0, 0.0], dtype=np.float32)
-    out = np.zeros_like(ends)
-    _exp(ends, out)
-    np.testing.assert_array_equal(out, np.array([np.nan, 0, np.inf, 0, np.inf, 1], dtype=np.float32))
+    found = np.zeros_like(ends)
+    _exp(ends, found)
+    np.testing.assert_array_equal(found, np.array([np.nan, 0, np.inf, 0, np.inf, 1], dtype=np.float32))
 
 
 def attention_problem(rng, tokens):
@@ -135,7 +136,7 @@ def test_a_token_is_the_same_in_any_batch_and_any_thread(rng, monkeypatch):
 
 
 def test_threads_share_all_items_once(monkeypatch):
-    calls = []
+    calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     threads.run(lambda begin, end, room, *args: calls.append((begin, end, args)), 10, 1e9, 5, "x")
     assert sorted(calls) == [(0, 2, ("x",)), (2, 5, ("x",)), (5, 7, ("x",)), (7, 10, ("x",))]
