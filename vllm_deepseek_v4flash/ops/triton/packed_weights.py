@@ -177,6 +177,8 @@ def product(
     PAIRED: tl.constexpr = FORMAT == "int4" or FORMAT == "fp4"
     PAIRS: tl.constexpr = weight.data.dtype.element_ty.primitive_bitwidth // 8  # of a stored element, if it has any
     PER: tl.constexpr = 2 * PAIRS if PAIRED else 1  # columns of a stored element
+    # A 16-bit scale times a number of 12 bits is exact in fp32. (Triton 3.6 makes a tensor of what a function returns.)
+    FUSED: tl.constexpr = False if weight.scales is None else weight.scales.dtype.element_ty.primitive_bitwidth == 16
     WIDTH: tl.constexpr = COLUMNS // PER
     STEP: tl.constexpr = BLOCK_K // PER
     column = tl.arange(0, STEP)
@@ -192,13 +194,11 @@ def product(
         ahead, zero_ahead = load_scales(weight, scale_row, rows.valid, (k + STEP) * PER, FORM)
         some = inside[:, None] & inputs.valid[None, :]
         if PAIRED:
-            low_offset, high_offset = offsets(scale, zero, FORMAT, exact_fma(weight.scales))
+            low_offset, high_offset = offsets(scale, zero, FORMAT, FUSED)
             wide, low_offset, high_offset = spread(scale, STEP), spread(low_offset, STEP), spread(high_offset, STEP)
             for i in tl.static_range(PAIRS):
                 # acc = acc + dequantised[:, pair] @ x[:, pair].T, even columns and then odd ones
-                low, high = decode_pair(
-                    code, i, wide, low_offset, high_offset, FORMAT, exact_fma(weight.scales), x.dtype.element_ty
-                )
+                low, high = decode_pair(code, i, wide, low_offset, high_offset, FORMAT, FUSED, x.dtype.element_ty)
                 pair = (k + column) * PAIRS + i
                 even, odd = load_pair(x, inputs.row[None, :], pair[:, None], some, perm, COLUMNS)
                 acc = tl.dot(low, even, acc, input_precision="ieee")
@@ -234,12 +234,6 @@ def load_scales(weight: Weight, scale_row, row_valid, column, FORM: tl.constexpr
     else:
         zero = tl.full((1, 1), 8.0, tl.float32)
     return scale, zero
-
-
-@triton.jit
-def exact_fma(scales):
-    """Whether a scale times a number of 12 bits has few enough bits for fp32."""
-    return False if scales is None else scales.dtype.element_ty.primitive_bitwidth == 16
 
 
 @triton.jit
