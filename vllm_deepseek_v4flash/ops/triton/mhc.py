@@ -49,6 +49,30 @@ class Mixing(NamedTuple):
     hc_eps: float
 
 
+class Entered(NamedTuple):
+    """What goes into a sublayer, and what its output will be spread by."""
+
+    x: Pointer
+    """[T, H]"""
+    post: Pointer
+    """[T, n] fp32"""
+    comb: Pointer
+    """[T, n, n] fp32"""
+
+
+class Blocks(NamedTuple):
+    """Powers of two, for which `enter_sublayer`'s kernel is compiled."""
+
+    p: int
+    """That holds the parts."""
+    n: int
+    """That holds the streams."""
+    s: int
+    """Tokens of a program that computes coefficients."""
+    h: int
+    """That holds the hidden dimension."""
+
+
 class Shape(NamedTuple):
     """Of the streams and the products, for which kernels are compiled."""
 
@@ -119,9 +143,9 @@ def enter_sublayer(
     launch(
         _enter_sublayer, (groups + num_tokens,),
         Streams(streams, streams.stride(0), streams.stride(1)), Mixing(partial, scale, base, norm_eps, hc_eps),
-        None if norm_weight is None else norm_weight.contiguous(), x, post, comb, num_tokens, groups, parts, hidden,
-        SHAPE=Shape(n, base.shape[0], width), ITERS=sinkhorn_iters,
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_H=block_h,
+        None if norm_weight is None else norm_weight.contiguous(), Entered(x, post, comb),
+        num_tokens, groups, parts, hidden,
+        SHAPE=Shape(n, base.shape[0], width), ITERS=sinkhorn_iters, BLOCKS=Blocks(block_p, block_n, block_s, block_h),
         num_warps=min(8, max(1, block_h // 512)), maxnreg=128,
     )  # fmt: skip
     return x, post, comb
@@ -215,24 +239,25 @@ def _add_products(y, factor, sums):
 
 @triton.jit(do_not_specialize=["num_tokens", "groups", "parts"])
 def _enter_sublayer(
-    streams: Streams, mixing: Mixing, norm_weight, x, post, comb, num_tokens, groups, parts, hidden,
-    SHAPE: tl.constexpr, ITERS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    streams: Streams, mixing: Mixing, norm_weight, entered: Entered, num_tokens, groups, parts, hidden,
+    SHAPE: tl.constexpr, ITERS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < groups:
-        _coefficients(mixing, post, comb, program, num_tokens, parts, hidden, SHAPE, ITERS, BLOCK_P, BLOCK_N, BLOCK_S)
+        _coefficients(mixing, entered, program, num_tokens, parts, hidden, SHAPE, ITERS, BLOCKS)
     else:
         t = (program - groups).to(tl.int64)
-        _sum_streams(streams, mixing, norm_weight, x, t, num_tokens, parts, hidden, SHAPE, BLOCK_P, BLOCK_H)
+        _sum_streams(streams, mixing, norm_weight, entered.x, t, num_tokens, parts, hidden, SHAPE, BLOCKS)
 
 
 @triton.jit
 def _sum_streams(
     streams: Streams, mixing: Mixing, norm_weight, x, t, num_tokens, parts, hidden,
-    SHAPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    SHAPE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """x of token `t`."""
+    BLOCK_P: tl.constexpr = BLOCKS.p
+    BLOCK_H: tl.constexpr = BLOCKS.h
     N: tl.constexpr = SHAPE.n
     h = tl.arange(0, BLOCK_H)
     p = tl.arange(0, BLOCK_P)
@@ -262,10 +287,13 @@ def _sum_streams(
 
 @triton.jit
 def _coefficients(
-    mixing: Mixing, post, comb, group, num_tokens, parts, hidden,
-    SHAPE: tl.constexpr, ITERS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    mixing: Mixing, entered: Entered, group, num_tokens, parts, hidden,
+    SHAPE: tl.constexpr, ITERS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """post and comb of the `group`-th BLOCK_S tokens."""
+    """post and comb of the `group`-th tokens, of which there are `BLOCKS.s`."""
+    BLOCK_P: tl.constexpr = BLOCKS.p
+    BLOCK_N: tl.constexpr = BLOCKS.n
+    BLOCK_S: tl.constexpr = BLOCKS.s
     N: tl.constexpr = SHAPE.n
     t = group.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     p = tl.arange(0, BLOCK_P)[:, None]
@@ -280,21 +308,23 @@ def _coefficients(
     i = tl.arange(0, BLOCK_N)
     m = tl.load(sums[:, :, None] + (N + i), mask=known[:, :, None] & (i < N), other=0.0)  # [BLOCK_P, BLOCK_S, BLOCK_N]
     m = tl.sum(m, axis=0) * norm
-    m = 2 * tl.sigmoid(m * tl.load(mixing.scale + 1) + tl.load(mixing.base + N + i, mask=i < N, other=0.0))
-    tl.store(post + t[:, None] * N + i, m, mask=real & (i < N))  # [BLOCK_S, BLOCK_N]
+    bias = tl.load(mixing.base + N + i, mask=i < N, other=0.0)  # [BLOCK_N]
+    m = 2 * tl.sigmoid(m * tl.load(mixing.scale + 1) + bias)
+    tl.store(entered.post + t[:, None] * N + i, m, mask=real & (i < N))  # [BLOCK_S, BLOCK_N]
 
     # comb = (mixes[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(1, (n, n))
     # All n x n are in one dimension, to be loaded and stored as neighbours.
     i = tl.arange(0, BLOCK_N * BLOCK_N)
     at, inside = i // BLOCK_N * N + i % BLOCK_N, (i // BLOCK_N < N) & (i % BLOCK_N < N)
-    m = tl.load(sums[:, :, None] + (2 * N + at), mask=known[:, :, None] & inside, other=0.0)
+    mask = known[:, :, None] & inside
+    m = tl.load(sums[:, :, None] + (2 * N + at), mask=mask, other=0.0)  # [BLOCK_P, BLOCK_S, BLOCK_N * BLOCK_N]
     bias = tl.load(mixing.base + 2 * N + at, mask=inside, other=0.0)  # [BLOCK_N * BLOCK_N]
     m = tl.sum(m, axis=0) * norm * tl.load(mixing.scale + 2) + bias
     # Columns beyond n weigh nothing in the softmax; rows beyond n must only not become NaN.
     m = tl.where(i % BLOCK_N < N, m, -float("inf")).reshape(BLOCK_S, BLOCK_N, BLOCK_N)
     m = _sinkhorn(m, inside.reshape(1, BLOCK_N, BLOCK_N), mixing.hc_eps, N, ITERS, BLOCK_N)
     m = m.reshape(BLOCK_S, BLOCK_N * BLOCK_N)
-    tl.store(comb + t[:, None] * (N * N) + at, m, mask=real & inside)  # [BLOCK_S, BLOCK_N * BLOCK_N]
+    tl.store(entered.comb + t[:, None] * (N * N) + at, m, mask=real & inside)  # [BLOCK_S, BLOCK_N * BLOCK_N]
 
 
 @triton.jit
