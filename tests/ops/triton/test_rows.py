@@ -10,11 +10,12 @@ from testing.ops.numeric import assert_exact, f64, integers, normal
 from testing.ops.paging import make_cache
 from vllm_deepseek_v4flash.ops.rows import RowFormat
 from vllm_deepseek_v4flash.ops.triton.rows import (
+    Rows,
     check_alignment,
-    format_constants,
+    layout_of,
     load_rows,
     locate,
-    row_args,
+    rows_of,
     store_rows,
 )
 
@@ -32,40 +33,28 @@ FORMATS = {
 
 
 @triton.jit
-def _load(
-    pages, page_stride, table, table_stride, requests, numbers, valid, out,
-    N: tl.constexpr, ROWS: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr,
-    DATA: tl.constexpr, SCALES: tl.constexpr, BLOCK_D: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    n, d = tl.arange(0, N), tl.arange(0, BLOCK_D)
+def _load(cache: Rows, requests, numbers, valid, out, LAYOUT: tl.constexpr, N: tl.constexpr):
+    ROWS: tl.constexpr = LAYOUT.rows
+    n, d = tl.arange(0, N), tl.arange(0, LAYOUT.block)
     mask = tl.load(valid + n) != 0
-    page, row = locate(table, table_stride, tl.load(requests + n), tl.load(numbers + n), mask, ROWS)
-    x = load_rows(
-        pages, page_stride, page, row, mask,
-        N, ROWS, CODEC, DIM, QUANTISED, DATA, SCALES, BLOCK_D, NATIVE, out.dtype.element_ty,
-    )  # fmt: skip
-    tl.store(out + n[:, None] * BLOCK_D + d[None, :], x)
+    page, row = locate(cache, tl.load(requests + n), tl.load(numbers + n), mask, ROWS)
+    x = load_rows(cache, page, row, mask, LAYOUT, N, out.dtype.element_ty)
+    tl.store(out + n[:, None] * LAYOUT.block + d[None, :], x)
 
 
 @triton.jit
-def _store(
-    x, pages, page_stride, table, table_stride, requests, numbers, valid,
-    N: tl.constexpr, ROWS: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr,
-    DATA: tl.constexpr, SCALES: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_DIM: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    n, d = tl.arange(0, N), tl.arange(0, BLOCK_D)[None, :]
+def _store(x, cache: Rows, requests, numbers, valid, LAYOUT: tl.constexpr, N: tl.constexpr):
+    ROWS: tl.constexpr = LAYOUT.rows
+    n, d = tl.arange(0, N), tl.arange(0, LAYOUT.block)[None, :]
     mask = tl.load(valid + n) != 0
-    page, row = locate(table, table_stride, tl.load(requests + n), tl.load(numbers + n), mask, ROWS)
-    values = tl.load(x + n[:, None] * DIM + d, mask=d < DIM, other=0.0)
-    store_rows(
-        values, pages, page_stride, page, row, mask,
-        N, ROWS, CODEC, DIM, QUANTISED, DATA, SCALES, BLOCK_D, LOG2_DIM, NATIVE,
-    )  # fmt: skip
+    page, row = locate(cache, tl.load(requests + n), tl.load(numbers + n), mask, ROWS)
+    values = tl.load(x + n[:, None] * LAYOUT.dim + d, mask=d < LAYOUT.dim, other=0.0)
+    store_rows(values, cache, page, row, mask, LAYOUT, N)
 
 
 def arguments(cache, places, valid, device):
     requests, numbers = (torch.tensor(column, device=device) for column in zip(*places, strict=True))
-    return *row_args(cache.rows), requests, numbers, torch.tensor(valid, dtype=torch.int32, device=device)
+    return rows_of(cache.rows), requests, numbers, torch.tensor(valid, dtype=torch.int32, device=device)
 
 
 def sample(rng, count, fmt, device):
@@ -90,9 +79,9 @@ def check_loading(cache, rng, native):
     stored = [cache.put(request, sample(rng, length - 1, fmt, "cpu")) for request, length in enumerate(LENGTHS)]
     # The last row of each request was never written, and is asked for nowhere: NaN would show.
     places, valid = [(0, 6), (1, 0), (1, 4), (0, 2)], [1, 1, 0, 1]
-    constants = format_constants(fmt)
-    out = torch.empty((N, constants["BLOCK_D"]), device=device)
-    _load[(1,)](*arguments(cache, places, valid, device), out, N=N, ROWS=ROWS, NATIVE=native, **constants)
+    layout = layout_of(cache.rows, native)
+    out = torch.empty((N, layout.block), device=device)
+    _load[(1,)](*arguments(cache, places, valid, device), out, LAYOUT=layout, N=N)
     expected = torch.zeros(out.shape)
     for n, (request, number) in enumerate(places):
         if valid[n]:
@@ -105,11 +94,7 @@ def test_rows_are_stored_to_their_pages_alone(device, rng, native, fmt):
     cache, wanted = (make_cache(fmt, ROWS, LENGTHS, torch.Generator().manual_seed(1), device) for _ in range(2))
     x = sample(rng, N, fmt, device)
     places, valid = [(0, 7), (1, 1), (0, 0), (1, 4)], [1, 1, 0, 1]
-    constants = format_constants(fmt)
-    _store[(1,)](
-        x, *arguments(cache, places, valid, device),
-        N=N, ROWS=ROWS, LOG2_DIM=fmt.dim.bit_length() - 1, NATIVE=native, **constants,
-    )  # fmt: skip
+    _store[(1,)](x, *arguments(cache, places, valid, device), LAYOUT=layout_of(cache.rows, native), N=N)
     for n, (request, number) in enumerate(places):
         if valid[n]:
             wanted.put_bytes(*wanted.place(request, number), *codecs.encode(f64(x[n]).tolist(), fmt))

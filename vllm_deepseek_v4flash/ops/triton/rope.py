@@ -14,8 +14,8 @@ def load_rotary(cos_sin, t, d, DIM: tl.constexpr, ROPE: tl.constexpr, INVERSE: t
     """
     rotated = (d >= DIM - ROPE) & (d < DIM)
     pair = cos_sin + t.to(tl.int64) * ROPE + (d - (DIM - ROPE)) // 2
-    cos = tl.load(pair, mask=rotated, other=1.0)
-    sin = tl.load(pair + ROPE // 2, mask=rotated, other=0.0)
+    cos = tl.load(pair, mask=rotated, other=1.0)  # the shape of d
+    sin = tl.load(pair + ROPE // 2, mask=rotated, other=0.0)  # the shape of d
     return cos, tl.where((d % 2 == 0) != INVERSE, -sin, sin)
 
 

@@ -1,27 +1,62 @@
-"""Rows of a paged cache inside kernels (the layout is `ops/rows.py`'s).
+"""Rows of a paged cache inside kernels (`ops/rows.py` defines the layout).
 
-A kernel receives a cache as `*row_args(cache)` and `**row_constants(cache)`: its pages and block table, and what is
-known when it is compiled. Addresses are 64-bit; what a mask leaves out is neither read nor written.
+Addresses are 64-bit; what a mask leaves out is neither read nor written.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from ..rows import PagedRows, RowFormat
 from .codecs import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3, power_of_two, scale_byte
 from .hadamard import hadamard
-from .launch import block
+from .launch import Pointer, block
 
 
-def row_args(cache: PagedRows) -> tuple[torch.Tensor, int, torch.Tensor, int]:
-    """(pages, page_stride, table, table_stride), in elements."""
+class Rows(NamedTuple):
+    """A paged cache; strides in elements."""
+
+    pages: Pointer
+    """[P, >= rows of a page * elements of a row]"""
+    page_stride: int
+    table: Pointer | None
+    """[R, B] int32, the pages of each request; None if rows are addressed by slots."""
+    table_stride: int | None
+
+
+class RowLayout(NamedTuple):
+    """How a page stores its rows, for which a kernel is compiled."""
+
+    rows: int
+    """Rows of a page."""
+    codec: str
+    dim: int
+    quantised: int
+    data: int
+    """Elements of a row's data part."""
+    scales: int
+    block: int
+    """The power of two that holds `dim`."""
+    native: bool
+    """Whether the device converts e4m3."""
+
+
+def rows_of(cache: PagedRows) -> Rows:
+    """A kernel's argument for a cache."""
     check_alignment(cache.format)
-    return cache.pages, cache.pages.stride(0), cache.block_table, cache.block_table.stride(0)
+    return Rows(cache.pages, cache.pages.stride(0), cache.block_table, cache.block_table.stride(0))
+
+
+def layout_of(cache: PagedRows, native: bool, smallest: int = 1) -> RowLayout:
+    """The layout of a cache; tiles of a row hold at least `smallest` values."""
+    fmt = cache.format
+    size = block(fmt.dim, max(smallest, 16 if fmt.codec == "plain" else fmt.block))
+    return RowLayout(
+        cache.rows_per_page, fmt.codec, fmt.dim, fmt.quantised, fmt.data_size, fmt.num_scales, size, native
+    )
 
 
 def check_alignment(fmt: RowFormat) -> None:
@@ -33,103 +68,99 @@ def check_alignment(fmt: RowFormat) -> None:
         )
 
 
-def format_constants(fmt: RowFormat) -> dict[str, Any]:
-    """The compile-time parameters of a row format."""
-    return {
-        "CODEC": fmt.codec,
-        "DIM": fmt.dim,
-        "QUANTISED": fmt.quantised,
-        "DATA": fmt.data_size,
-        "SCALES": fmt.num_scales,
-        "BLOCK_D": block(fmt.dim, 16 if fmt.codec == "plain" else fmt.block),
-    }
-
-
 @triton.jit
-def locate(table, table_stride, request, row, mask, ROWS: tl.constexpr):
+def locate(cache: Rows, request, row, mask, ROWS: tl.constexpr):
     """The page (int64) and the row within it (int32) of row numbers `row` of `request`; 0 where `mask` is False."""
-    page = tl.load(table + request.to(tl.int64) * table_stride + row // ROWS, mask=mask, other=0)
+    # page = block_table[request, row // ROWS]
+    at = cache.table + request.to(tl.int64) * cache.table_stride + row // ROWS
+    page = tl.load(at, mask=mask, other=0)  # the shape of row
     return page.to(tl.int64), row % ROWS
 
 
 @triton.jit
-def load_rows(
-    pages, page_stride, page, row, valid,
-    N: tl.constexpr, ROWS: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr,
-    DATA: tl.constexpr, SCALES: tl.constexpr, BLOCK_D: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Rows at (page, row) [N] as [N, BLOCK_D] of DTYPE: zero where `valid` is False and beyond DIM.
+def load_rows(cache: Rows, page, row, valid, LAYOUT: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows at (page, row) [N] as [N, block] of DTYPE: zero where `valid` is False and beyond `dim`.
 
     4-bit rows stay Hadamard-transformed.
     """
-    base = pages + page * page_stride
-    if CODEC == "plain":
-        d = tl.arange(0, BLOCK_D)[None, :]
-        at = base[:, None] + row[:, None] * DATA + d
-        rows = tl.load(at, mask=valid[:, None] & (d < DIM), other=0.0).to(DTYPE)
+    base = cache.pages + page * cache.page_stride
+    if LAYOUT.codec == "plain":
+        d = tl.arange(0, LAYOUT.block)[None, :]
+        at = base[:, None] + row[:, None] * LAYOUT.data + d
+        rows = tl.load(at, mask=valid[:, None] & (d < LAYOUT.dim), other=0.0).to(DTYPE)  # [N, BLOCK]
     else:
-        SHARE: tl.constexpr = 32 if CODEC == "e2m1" else 64  # values that share one scale
-        GROUPS: tl.constexpr = BLOCK_D // SHARE
+        NATIVE: tl.constexpr = LAYOUT.native
+        SHARE: tl.constexpr = 32 if LAYOUT.codec == "e2m1" else 64  # values that share one scale
+        GROUPS: tl.constexpr = LAYOUT.block // SHARE
         g = tl.arange(0, GROUPS)[None, :]
-        scales = base[:, None] + ROWS * DATA + row[:, None] * SCALES + g
-        scale = power_of_two(tl.load(scales, mask=valid[:, None] & (g < SCALES), other=127))[:, :, None]
-        data = (base + row * DATA)[:, None, None]
-        if CODEC == "e2m1":
+        scales = base[:, None] + LAYOUT.rows * LAYOUT.data + row[:, None] * LAYOUT.scales + g
+        byte = tl.load(scales, mask=valid[:, None] & (g < LAYOUT.scales), other=127)  # [N, GROUPS]
+        scale = power_of_two(byte)[:, :, None]
+        data = (base + row * LAYOUT.data)[:, None, None]
+        # rows = codes.unflatten(-1, (GROUPS, SHARE)) * scales[..., None]
+        if LAYOUT.codec == "e2m1":
             byte = g[:, :, None] * (SHARE // 2) + tl.arange(0, SHARE // 2)[None, None, :]
-            both = tl.load(data + byte, mask=valid[:, None, None] & (byte < DATA), other=0)
+            mask = valid[:, None, None] & (byte < LAYOUT.data)
+            both = tl.load(data + byte, mask=mask, other=0)  # [N, GROUPS, SHARE // 2]
             values = tl.join(decode_e2m1(both & 15), decode_e2m1(both >> 4)).reshape(N, GROUPS, SHARE)
             values = (values * scale).to(DTYPE)
         else:
             d = g[:, :, None] * SHARE + tl.arange(0, SHARE)[None, None, :]
-            code = tl.load(data + d, mask=valid[:, None, None] & (d < QUANTISED), other=0)
+            mask = valid[:, None, None] & (d < LAYOUT.quantised)
+            code = tl.load(data + d, mask=mask, other=0)  # [N, GROUPS, SHARE]
             values = (decode_e4m3(code, NATIVE) * scale).to(DTYPE)
-            if QUANTISED < DIM:
-                tail = (data + QUANTISED).to(tl.pointer_type(tl.bfloat16)) + (d - QUANTISED)
-                in_tail = (d >= QUANTISED) & (d < DIM)
-                kept = tl.load(tail, mask=valid[:, None, None] & in_tail, other=0.0).to(DTYPE)
+            if LAYOUT.quantised < LAYOUT.dim:
+                tail = (data + LAYOUT.quantised).to(tl.pointer_type(tl.bfloat16)) + (d - LAYOUT.quantised)
+                in_tail = (d >= LAYOUT.quantised) & (d < LAYOUT.dim)
+                mask = valid[:, None, None] & in_tail
+                kept = tl.load(tail, mask=mask, other=0.0).to(DTYPE)  # [N, GROUPS, SHARE]
                 values = tl.where(in_tail, kept, values)
-        rows = values.reshape(N, BLOCK_D)
+        rows = values.reshape(N, LAYOUT.block)
     return rows
 
 
 @triton.jit
-def store_rows(
-    x, pages, page_stride, page, row, valid,
-    N: tl.constexpr, ROWS: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr,
-    DATA: tl.constexpr, SCALES: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_DIM: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Quantise x [N, BLOCK_D] fp32 (zero beyond DIM) and store it at (page, row) [N] where `valid`.
+def store_rows(x, cache: Rows, page, row, valid, LAYOUT: tl.constexpr, N: tl.constexpr):
+    """Quantise x [N, block] fp32 (zero beyond `dim`) and store it at (page, row) [N] where `valid`.
 
-    4-bit rows are Hadamard-transformed first; they have BLOCK_D == DIM.
+    4-bit rows are Hadamard-transformed first; their `block` is their `dim`.
     """
-    base = pages + page * page_stride
-    if CODEC == "plain":
-        d = tl.arange(0, BLOCK_D)[None, :]
-        target = base[:, None] + row[:, None] * DATA + d
-        tl.store(target, x.to(pages.dtype.element_ty), mask=valid[:, None] & (d < DIM))
+    base = cache.pages + page * cache.page_stride
+    if LAYOUT.codec == "plain":
+        d = tl.arange(0, LAYOUT.block)[None, :]
+        at = base[:, None] + row[:, None] * LAYOUT.data + d
+        mask = valid[:, None] & (d < LAYOUT.dim)
+        tl.store(at, x.to(cache.pages.dtype.element_ty), mask=mask)  # [N, BLOCK]
     else:
-        SHARE: tl.constexpr = 32 if CODEC == "e2m1" else 64
-        LARGEST: tl.constexpr = 6.0 if CODEC == "e2m1" else 448.0
-        FLOOR: tl.constexpr = 6.0 * 2.0**-126 if CODEC == "e2m1" else 1e-4
-        GROUPS: tl.constexpr = BLOCK_D // SHARE
-        if CODEC == "e2m1":
-            x = hadamard(x, N, DIM, LOG2_DIM)
+        DIM: tl.constexpr = LAYOUT.dim
+        NATIVE: tl.constexpr = LAYOUT.native
+        SHARE: tl.constexpr = 32 if LAYOUT.codec == "e2m1" else 64
+        LARGEST: tl.constexpr = 6.0 if LAYOUT.codec == "e2m1" else 448.0
+        FLOOR: tl.constexpr = 6.0 * 2.0**-126 if LAYOUT.codec == "e2m1" else 1e-4
+        GROUPS: tl.constexpr = LAYOUT.block // SHARE
+        if LAYOUT.codec == "e2m1":
+            x = hadamard(x, N, DIM)
+        # scales = 2 ** (x.unflatten(-1, (GROUPS, SHARE)).abs().amax(-1).clamp(min=FLOOR) / LARGEST).log2().ceil()
         g = tl.arange(0, GROUPS)[None, :]
         d = g[:, :, None] * SHARE + tl.arange(0, SHARE)[None, None, :]
         grouped = x.reshape(N, GROUPS, SHARE)
-        byte = scale_byte(tl.max(tl.where(d < QUANTISED, tl.abs(grouped), 0.0), axis=2), FLOOR, LARGEST)
-        scales = base[:, None] + ROWS * DATA + row[:, None] * SCALES + g
-        tl.store(scales, byte, mask=valid[:, None] & (g < SCALES))
+        byte = scale_byte(tl.max(tl.where(d < LAYOUT.quantised, tl.abs(grouped), 0.0), axis=2), FLOOR, LARGEST)
+        scales = base[:, None] + LAYOUT.rows * LAYOUT.data + row[:, None] * LAYOUT.scales + g
+        tl.store(scales, byte, mask=valid[:, None] & (g < LAYOUT.scales))  # [N, GROUPS]
+        # codes = (x.unflatten(-1, (GROUPS, SHARE)) / scales[..., None]).clamp(-LARGEST, LARGEST)
         scaled = grouped * power_of_two(254 - byte.to(tl.int32))[:, :, None]
         scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
-        data = (base + row * DATA)[:, None, None]
-        if CODEC == "e2m1":
+        data = (base + row * LAYOUT.data)[:, None, None]
+        if LAYOUT.codec == "e2m1":
             low, high = encode_e2m1(scaled).reshape(N, GROUPS, SHARE // 2, 2).split()
             at = g[:, :, None] * (SHARE // 2) + tl.arange(0, SHARE // 2)[None, None, :]
-            tl.store(data + at, low | high << 4, mask=valid[:, None, None] & (at < DATA))
+            mask = valid[:, None, None] & (at < LAYOUT.data)
+            tl.store(data + at, low | high << 4, mask=mask)  # [N, GROUPS, SHARE // 2]
         else:
-            tl.store(data + d, encode_e4m3(scaled, NATIVE), mask=valid[:, None, None] & (d < QUANTISED))
-            if QUANTISED < DIM:
-                tail = (data + QUANTISED).to(tl.pointer_type(tl.bfloat16)) + (d - QUANTISED)
-                in_tail = (d >= QUANTISED) & (d < DIM)
-                tl.store(tail, grouped.to(tl.bfloat16), mask=valid[:, None, None] & in_tail)
+            mask = valid[:, None, None] & (d < LAYOUT.quantised)
+            tl.store(data + d, encode_e4m3(scaled, NATIVE), mask=mask)  # [N, GROUPS, SHARE]
+            if LAYOUT.quantised < LAYOUT.dim:
+                tail = (data + LAYOUT.quantised).to(tl.pointer_type(tl.bfloat16)) + (d - LAYOUT.quantised)
+                in_tail = (d >= LAYOUT.quantised) & (d < LAYOUT.dim)
+                mask = valid[:, None, None] & in_tail
+                tl.store(tail, grouped.to(tl.bfloat16), mask=mask)  # [N, GROUPS, SHARE]

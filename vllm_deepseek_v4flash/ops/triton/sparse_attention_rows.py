@@ -1,10 +1,12 @@
-"""Rows of a paged cache in two steps, so that a tile travels while the one before it is multiplied.
+"""Rows of a paged cache in two steps, so that a tile is loaded while the one before it is multiplied.
 
-`fetch` starts the loads and `decode` takes what has arrived. The layout of a row is `ops/rows.py`'s. What travels is
-whole words: bytes and halves of words would take a register each, and be copied from round to round of a loop.
+`fetch` starts the loads and `decode` takes what has arrived. `ops/rows.py` defines the layout of a row. Whole words are
+loaded: bytes and halves of words would take a register each, and be copied from round to round of a loop.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,8 +15,19 @@ from ..rows import PagedRows
 from .codecs import power_of_two
 
 
+class Fetched(NamedTuple):
+    """What is stored of N rows, inside a kernel."""
+
+    stored: Any
+    """int32 [N, block // 64, 16], four e4m3 codes each; int32 [N, block // 2], two 16-bit values; [N, block] fp32."""
+    scale: Any
+    """uint8 [N, block // 64] of e4m3 rows."""
+    tail: Any
+    """int64 like `stored`, four bf16 values each where an e4m3 row has these instead of codes."""
+
+
 def check_words(cache: PagedRows) -> None:
-    """Raise ValueError for rows whose parts do not lie at multiples of the words that `fetch` reads."""
+    """Raise ValueError for rows whose parts do not start at multiples of the words that `fetch` reads."""
     fmt, size = cache.format, cache.format.dtype.itemsize
     if fmt.codec == "e2m1":
         raise ValueError("attention rows have no 4-bit format: use fp8 or plain rows")
@@ -31,51 +44,46 @@ def check_words(cache: PagedRows) -> None:
 
 
 @triton.jit
-def fetch(
-    data, scales, valid,
-    CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr, SCALES: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """What is stored at the addresses of N rows' data and scales: `stored`, `scale`, `tail`.
-
-    Of e4m3 rows int32 words [N, BLOCK_D // 64, 16] of four codes, scales [N, BLOCK_D // 64], and int64 words of four
-    bf16 values where the row has these instead of codes. Of 16-bit rows int32 words [N, BLOCK_D // 2], of fp32 rows
-    values [N, BLOCK_D]. Memory is not read where `valid` [N] is False.
-    """
+def fetch(data, scales, valid, LAYOUT: tl.constexpr):
+    """What is stored at the addresses [N] of rows' data and scales; not read where `valid` [N] is False."""
     scale, tail = tl.zeros((1,), tl.uint8), tl.zeros((1,), tl.int64)
-    if CODEC == "e4m3":
-        g = tl.arange(0, BLOCK_D // 64)[None, :]
-        scale = tl.load(scales[:, None] + g, mask=valid[:, None] & (g < SCALES), other=127)
+    if LAYOUT.codec == "e4m3":
+        g = tl.arange(0, LAYOUT.block // 64)[None, :]
+        mask = valid[:, None] & (g < LAYOUT.scales)
+        scale = tl.load(scales[:, None] + g, mask=mask, other=127)  # [N, BLOCK // 64]
         w = g[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
         words = data.to(tl.pointer_type(tl.int32))[:, None, None] + w
-        stored = tl.load(words, mask=valid[:, None, None] & (w < QUANTISED // 4), other=0)
-        if QUANTISED < DIM:
-            words = (data + QUANTISED).to(tl.pointer_type(tl.int64))[:, None, None] + (w - QUANTISED // 4)
-            in_tail = (w >= QUANTISED // 4) & (w < DIM // 4)
-            tail = tl.load(words, mask=valid[:, None, None] & in_tail, other=0)
+        mask = valid[:, None, None] & (w < LAYOUT.quantised // 4)
+        stored = tl.load(words, mask=mask, other=0)  # [N, BLOCK // 64, 16]
+        if LAYOUT.quantised < LAYOUT.dim:
+            words = (data + LAYOUT.quantised).to(tl.pointer_type(tl.int64))[:, None, None]
+            words = words + (w - LAYOUT.quantised // 4)
+            in_tail = (w >= LAYOUT.quantised // 4) & (w < LAYOUT.dim // 4)
+            tail = tl.load(words, mask=valid[:, None, None] & in_tail, other=0)  # [N, BLOCK // 64, 16]
     elif data.dtype.element_ty.primitive_bitwidth == 16:
-        w = tl.arange(0, BLOCK_D // 2)[None, :]
+        w = tl.arange(0, LAYOUT.block // 2)[None, :]
         words = data.to(tl.pointer_type(tl.int32))[:, None] + w
-        stored = tl.load(words, mask=valid[:, None] & (w < DIM // 2), other=0)
+        stored = tl.load(words, mask=valid[:, None] & (w < LAYOUT.dim // 2), other=0)  # [N, BLOCK // 2]
     else:
-        d = tl.arange(0, BLOCK_D)[None, :]
-        stored = tl.load(data[:, None] + d, mask=valid[:, None] & (d < DIM), other=0.0)
-    return stored, scale, tail
+        d = tl.arange(0, LAYOUT.block)[None, :]
+        stored = tl.load(data[:, None] + d, mask=valid[:, None] & (d < LAYOUT.dim), other=0.0)  # [N, BLOCK]
+    return Fetched(stored, scale, tail)
 
 
 @triton.jit
-def decode(
-    stored, scale, tail, N: tl.constexpr, CODEC: tl.constexpr, DIM: tl.constexpr, QUANTISED: tl.constexpr,
-    BLOCK_D: tl.constexpr, NATIVE: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The even and the odd values of fetched rows, [N, BLOCK_D // 2] of DTYPE; 0 where nothing was read."""
-    HALF: tl.constexpr = BLOCK_D // 2
-    if CODEC == "e4m3":
-        scale = power_of_two(scale)[:, :, None]
+def decode(fetched: Fetched, LAYOUT: tl.constexpr, N: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):
+    """The even and the odd values of fetched rows, [N, block // 2] of DTYPE; 0 where nothing was read."""
+    HALF: tl.constexpr = LAYOUT.block // 2
+    NATIVE: tl.constexpr = LAYOUT.native
+    stored = fetched.stored
+    if LAYOUT.codec == "e4m3":
+        # a, b, c, d = (codes * scales[..., None]).unflatten(-1, (-1, 4)).unbind(-1)
+        scale = power_of_two(fetched.scale)[:, :, None]
         a, b = _code(stored, 0, NATIVE) * scale, _code(stored, 1, NATIVE) * scale
         c, d = _code(stored, 2, NATIVE) * scale, _code(stored, 3, NATIVE) * scale
-        if QUANTISED < DIM:
+        if LAYOUT.quantised < LAYOUT.dim:
             # Codes are 0 where these values are not, and these where codes are not.
-            low, high = tail.to(tl.int32), (tail >> 32).to(tl.int32)
+            low, high = fetched.tail.to(tl.int32), (fetched.tail >> 32).to(tl.int32)
             a, b, c, d = a + _lower(low), b + _upper(low), c + _lower(high), d + _upper(high)
         even, odd = tl.join(a.to(DTYPE), c.to(DTYPE)), tl.join(b.to(DTYPE), d.to(DTYPE))
         even, odd = even.reshape(N, HALF), odd.reshape(N, HALF)

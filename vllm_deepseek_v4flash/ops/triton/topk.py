@@ -8,16 +8,40 @@ is chosen from again until it fits one segment.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import block, launch
+from .launch import Pointer, Strided, block, launch
 
 SEGMENT = 16384
 """Scores that one program chooses from: near sqrt(262144 * 512), where both rounds of that choice take as long."""
 SMALL_SEGMENT = 2048
 """What it takes in where no more is left, as for every context of up to 8k tokens; and the step of its last pass."""
+
+
+class Kept(NamedTuple):
+    """What the segments of a round choose, [T, segments * K]; rows have one stride."""
+
+    scores: Pointer
+    indices: Pointer
+    stride: int
+
+
+class Plan(NamedTuple):
+    """What the kernel is compiled for."""
+
+    width: int
+    """Scores that a row keeps."""
+    level: int
+    """The round, from 0."""
+    segment: int
+    small: int
+    """Scores of a segment that has no more, and of a step of its last pass."""
+    block_w: int
+    """The power of two that holds `width`."""
 
 
 def topk(scores: torch.Tensor, counts: torch.Tensor, selected: torch.Tensor, *, limit: int) -> None:
@@ -41,12 +65,11 @@ def topk(scores: torch.Tensor, counts: torch.Tensor, selected: torch.Tensor, *, 
         room = (num_tokens, segments * width if segments > 1 else 0)
         kept = torch.empty(room, dtype=torch.float32, device=scores.device)
         kept_indices = torch.empty(room, dtype=torch.int32, device=scores.device)
+        plan = Plan(width, level, segment, min(SMALL_SEGMENT, segment), block(width))
         launch(
             _select, (num_tokens, segments),
-            source, source.stride(0), indices, indices.stride(0), counts,
-            kept, kept_indices, kept.stride(0), selected, selected.stride(0),
-            WIDTH=width, LEVEL=level, SEGMENT=segment, SMALL=min(SMALL_SEGMENT, segment), BLOCK_W=block(width),
-            num_warps=16,
+            Strided(source, source.stride(0)), Strided(indices, indices.stride(0)), counts,
+            Kept(kept, kept_indices, kept.stride(0)), Strided(selected, selected.stride(0)), PLAN=plan, num_warps=16,
         )  # fmt: skip
         if segments == 1:
             return
@@ -54,11 +77,12 @@ def topk(scores: torch.Tensor, counts: torch.Tensor, selected: torch.Tensor, *, 
 
 
 @triton.jit
-def _select(
-    scores, score_stride, indices, index_stride, counts, kept, kept_indices, kept_stride, selected, selected_stride,
-    WIDTH: tl.constexpr, LEVEL: tl.constexpr, SEGMENT: tl.constexpr, SMALL: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """One segment of one row in round LEVEL, which counts from 0 and ends the rows that fit one segment."""
+def _select(scores: Strided, indices: Strided, counts, kept: Kept, selected: Strided, PLAN: tl.constexpr):
+    """One segment of one row in round `level`, which ends the rows that fit one segment."""
+    WIDTH: tl.constexpr = PLAN.width
+    LEVEL: tl.constexpr = PLAN.level
+    SEGMENT: tl.constexpr = PLAN.segment
+    SMALL: tl.constexpr = PLAN.small
     t, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.load(counts + t)
     ended = False
@@ -68,25 +92,26 @@ def _select(
         count = count // SEGMENT * WIDTH + tl.minimum(count % SEGMENT, WIDTH)
     start = part * SEGMENT
     if not ended and (start < count or part == 0):
-        selected += t * selected_stride
+        final_indices = selected.data + t * selected.stride
         if LEVEL == 0 and count <= WIDTH:
-            w = tl.arange(0, BLOCK_W)
-            tl.store(selected + w, tl.where(w < count, w, -1), mask=w < WIDTH)
+            w = tl.arange(0, PLAN.block_w)
+            tl.store(final_indices + w, tl.where(w < count, w, -1), mask=w < WIDTH)  # [BLOCK_W]
         else:
-            scores += t * score_stride + start
+            row = scores.data + t * scores.stride + start
             left = tl.minimum(count - start, SEGMENT)
             if left <= SMALL:
-                threshold, room = _threshold(scores, left, WIDTH, SMALL)
+                threshold, room = _threshold(row, left, WIDTH, SMALL)
             else:
-                threshold, room = _threshold(scores, left, WIDTH, SEGMENT)
+                threshold, room = _threshold(row, left, WIDTH, SEGMENT)
             is_last = count <= SEGMENT
-            kept += t * kept_stride + part * WIDTH
-            kept_indices += t * kept_stride + part * WIDTH
+            kept_scores = kept.scores + t * kept.stride + part * WIDTH
+            kept_indices = kept.indices + t * kept.stride + part * WIDTH
             if is_last:
-                kept_indices = selected
+                kept_indices = final_indices
+            # chosen = (key > threshold) | (key == threshold) & (rank among equals < room), in order of index
             for first in range(0, left, SMALL):
                 i = first + tl.arange(0, SMALL)
-                score = tl.load(scores + i, mask=i < left, other=0.0)
+                score = tl.load(row + i, mask=i < left, other=0.0)  # [SMALL]
                 key = tl.where(i < left, _rank(score), 0)
                 larger, equal = key > threshold, (key == threshold) & (i < left)
                 # One sum counts both kinds before each score, the larger in its lower half.
@@ -96,14 +121,14 @@ def _select(
                 at = (before & 0xFFFF) + tl.minimum(before >> 16, room)
                 index = start + i
                 if LEVEL > 0:
-                    index = tl.load(indices + t * index_stride + index, mask=chosen, other=0)
-                tl.store(kept_indices + at, index, mask=chosen)
+                    index = tl.load(indices.data + t * indices.stride + index, mask=chosen, other=0)  # [SMALL]
+                tl.store(kept_indices + at, index, mask=chosen)  # [SMALL]
                 if not is_last:
-                    tl.store(kept + at, score, mask=chosen)
+                    tl.store(kept_scores + at, score, mask=chosen)  # [SMALL]
                 both = tl.sum(ones)
                 taken = tl.minimum(both >> 16, room)
                 room -= taken
-                kept += (both & 0xFFFF) + taken
+                kept_scores += (both & 0xFFFF) + taken
                 kept_indices += (both & 0xFFFF) + taken
 
 
@@ -111,7 +136,7 @@ def _select(
 def _threshold(scores, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The rank of the WIDTH-th largest of `count` <= BLOCK scores, and how many scores of that rank are among them."""
     i = tl.arange(0, BLOCK)
-    key = tl.where(i < count, _rank(tl.load(scores + i, mask=i < count, other=0.0)), 0)
+    key = tl.where(i < count, _rank(tl.load(scores + i, mask=i < count, other=0.0)), 0)  # [BLOCK]
     threshold = tl.zeros((), tl.uint32)
     bit = tl.where(count > WIDTH, 31, -1)
     while bit >= 0:
