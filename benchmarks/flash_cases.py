@@ -1,7 +1,7 @@
 """What the kernels are compiled for: every op at DeepSeek-V4-Flash's shapes, on tensors without memory.
 
-Each function below calls one op's twin as the model's layers do; the decorator lists the values of every axis, and
-the op runs on each sensible combination of them. An op without a Triton twin has no cases.
+Each function below calls one op's Triton implementation as the model's layers do; the decorator lists the values of
+every axis, and the op runs on each sensible combination of them. An op without Triton kernels has no cases.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ WEIGHTS = {
     "fp8": Scheme("fp8", 128, scale_dtype=torch.float32),
 }
 
-Twin = Callable[..., Any]
+Caller = Callable[..., Any]
+Op = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op's Triton twin."""
+    """One call of an op's Triton implementation."""
 
     op: str
     axes: dict[str, Any]
@@ -69,31 +70,31 @@ class Case:
 CASES: list[Case] = []
 
 
-def cases(**axes: Iterable[Any]) -> Callable[[Twin], Twin]:
-    """Append a case for every combination; the decorated function takes the op's twin and one value of each axis."""
+def cases(**axes: Iterable[Any]) -> Callable[[Caller], Caller]:
+    """Append a case for every combination; the decorated function takes the implementation and a value of each axis."""
 
-    def decorate(function: Twin) -> Twin:
-        op = function.__name__
-        if importlib.util.find_spec(_module(op)) is not None:
+    def decorate(function: Caller) -> Caller:
+        name = function.__name__
+        if importlib.util.find_spec(_module(name)) is not None:
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
-                if _served(chosen):
-                    CASES.append(Case(op, chosen, functools.partial(_run, function, chosen)))
+                if _supported(chosen):
+                    CASES.append(Case(name, chosen, functools.partial(_run, function, chosen)))
         return function
 
     return decorate
 
 
-def _run(function: Twin, axes: dict[str, Any]) -> None:
-    op = function.__name__
-    function(getattr(importlib.import_module(_module(op)), op), **axes)
+def _run(function: Caller, axes: dict[str, Any]) -> None:
+    name = function.__name__
+    function(getattr(importlib.import_module(_module(name)), name), **axes)
 
 
 def _module(op: str) -> str:
     return f"vllm_deepseek_v4flash.ops.triton.{op}"
 
 
-def _served(axes: dict[str, Any]) -> bool:
+def _supported(axes: dict[str, Any]) -> bool:
     """Only index keys have 4 bits, fp32 models keep plain rows; other dtypes than bf16 are compiled for few shapes.
 
     So are other weights than int4 in groups of 128 and fp4.
@@ -118,7 +119,7 @@ def row_format(cache: str, dtype: str, dim: int, rope: int = 0) -> RowFormat:
 
 
 def paged(page: PageSize, requests: int) -> PagedRows:
-    """Pages as vLLM lays them, each beside those of other layers, for requests of 2^20 tokens."""
+    """Pages as vLLM lays them out, next to those of other layers, for requests of 2^20 tokens."""
     apart = 2 * page.rows * page.row_size
     pages = meta(1000, apart, dtype=page.format.dtype)[:, : page.rows * page.row_size]
     table = meta(requests, CONTEXT // page.block_tokens, dtype=torch.int32)
@@ -143,17 +144,17 @@ def window_rows(rows: str, dtype: str, tokens: int) -> PagedRows:
 
 
 @cases(dtype=DTYPES, rows=CACHES, tokens=TOKENS, tp=RANKS)
-def qnorm_rope_kv_insert(twin: Twin, dtype: str, rows: str, tokens: int, tp: int) -> None:
+def qnorm_rope_kv_insert(op: Op, dtype: str, rows: str, tokens: int, tp: int) -> None:
     q, kv = meta(tokens, HEADS // tp, DIM, dtype=dtype), meta(tokens, DIM, dtype=dtype)
-    twin(q, kv, meta(tokens, ROPE), window_rows(rows, dtype, tokens), numbers(tokens), eps=EPS)
+    op(q, kv, meta(tokens, ROPE), window_rows(rows, dtype, tokens), numbers(tokens), eps=EPS)
 
 
 @cases(dtype=DTYPES, cache=("CSA", "HCA", "keys"), rows=(*CACHES, "fp4"), tokens=TOKENS)
-def compress(twin: Twin, dtype: str, cache: str, rows: str, tokens: int) -> None:
+def compress(op: Op, dtype: str, cache: str, rows: str, tokens: int) -> None:
     ratio, overlap = (128, False) if cache == "HCA" else (4, True)
     dim, rope = (INDEX_DIM, 0) if cache == "keys" else (DIM, ROPE)
     channels = 2 * dim if overlap else dim
-    twin(
+    op(
         meta(tokens, channels), meta(tokens, channels), meta(ratio, channels), meta(dim, dtype=dtype), meta(ROPE // 2),
         numbers(tokens), request_of(tokens),
         paged(state_page(state_format(dim, overlap), ratio, overlap), requests(tokens)), numbers(tokens),
@@ -163,8 +164,8 @@ def compress(twin: Twin, dtype: str, cache: str, rows: str, tokens: int) -> None
 
 
 @cases(dtype=DTYPES, rows=(*CACHES, "fp4"), tokens=TOKENS, context=CONTEXTS)
-def indexer_topk(twin: Twin, dtype: str, rows: str, tokens: int, context: int) -> None:
-    twin(
+def indexer_topk(op: Op, dtype: str, rows: str, tokens: int, context: int) -> None:
+    op(
         meta(tokens, INDEX_HEADS, INDEX_DIM, dtype=dtype), meta(tokens, ROPE), meta(tokens, INDEX_HEADS, dtype=dtype),
         paged(entry_page(row_format(rows, dtype, INDEX_DIM), 4), requests(tokens)),
         numbers(tokens), request_of(tokens),
@@ -173,12 +174,12 @@ def indexer_topk(twin: Twin, dtype: str, rows: str, tokens: int, context: int) -
 
 
 @cases(dtype=DTYPES, rows=CACHES, layer=("window", "CSA", "HCA"), tokens=TOKENS, context=(1 << 11, CONTEXT), tp=RANKS)
-def sparse_attention(twin: Twin, dtype: str, rows: str, layer: str, tokens: int, context: int, tp: int) -> None:
+def sparse_attention(op: Op, dtype: str, rows: str, layer: str, tokens: int, context: int, tp: int) -> None:
     ratio = {"window": 0, "CSA": 4, "HCA": 128}[layer]
     max_entries = context // ratio if ratio else 0
     entries = paged(entry_page(row_format(rows, dtype, DIM, ROPE), ratio), requests(tokens)) if ratio else None
     indices = meta(tokens, min(TOPK, max_entries), dtype=torch.int32) if layer == "CSA" else None
-    twin(
+    op(
         meta(tokens, HEADS // tp, DIM, dtype=dtype), meta(HEADS // tp), numbers(tokens), request_of(tokens),
         window_rows(rows, dtype, tokens), window_size=WINDOW, scale=DIM**-0.5,
         entries=entries, indices=indices, ratio=ratio, max_entries=max_entries, cos_sin=meta(tokens, ROPE),
@@ -186,9 +187,9 @@ def sparse_attention(twin: Twin, dtype: str, rows: str, layer: str, tokens: int,
 
 
 @cases(dtype=DTYPES, tokens=TOKENS, tp=RANKS)
-def grouped_linear(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
+def grouped_linear(op: Op, dtype: str, tokens: int, tp: int) -> None:
     groups, width = O_GROUPS // tp, HEADS // O_GROUPS * DIM
-    twin(meta(tokens, groups, width, dtype=dtype), meta(groups * O_RANK, width, dtype=dtype))
+    op(meta(tokens, groups, width, dtype=dtype), meta(groups * O_RANK, width, dtype=dtype))
 
 
 def streams_and_output(dtype: str, tokens: int) -> tuple[torch.Tensor, ...]:
@@ -207,46 +208,46 @@ MIXING = {"norm_eps": EPS, "hc_eps": 1e-6, "sinkhorn_iters": 20}
 
 
 @cases(dtype=DTYPES, tokens=TOKENS)
-def mhc_pre(twin: Twin, dtype: str, tokens: int) -> None:
-    twin(streams_and_output(dtype, tokens)[1], *mixing(dtype), **MIXING)
+def mhc_pre(op: Op, dtype: str, tokens: int) -> None:
+    op(streams_and_output(dtype, tokens)[1], *mixing(dtype), **MIXING)
 
 
 @cases(dtype=DTYPES, tokens=TOKENS)
-def mhc_post_pre(twin: Twin, dtype: str, tokens: int) -> None:
-    twin(*streams_and_output(dtype, tokens), *mixing(dtype), **MIXING)
+def mhc_post_pre(op: Op, dtype: str, tokens: int) -> None:
+    op(*streams_and_output(dtype, tokens), *mixing(dtype), **MIXING)
 
 
 @cases(dtype=DTYPES, tokens=TOKENS)
-def mhc_post(twin: Twin, dtype: str, tokens: int) -> None:
-    twin(*streams_and_output(dtype, tokens))
+def mhc_post(op: Op, dtype: str, tokens: int) -> None:
+    op(*streams_and_output(dtype, tokens))
 
 
 @cases(dtype=DTYPES, tokens=TOKENS)
-def mhc_head(twin: Twin, dtype: str, tokens: int) -> None:
+def mhc_head(op: Op, dtype: str, tokens: int) -> None:
     streams = streams_and_output(dtype, tokens)[1]
-    twin(streams, meta(STREAMS, STREAMS * HIDDEN), meta(1), meta(STREAMS), norm_eps=EPS, hc_eps=1e-6)
+    op(streams, meta(STREAMS, STREAMS * HIDDEN), meta(1), meta(STREAMS), norm_eps=EPS, hc_eps=1e-6)
 
 
 @cases(rule=("bias", "hash"), shared=("apart", "along"), tokens=TOKENS)
-def route(twin: Twin, rule: str, shared: str, tokens: int) -> None:
+def route(op: Op, rule: str, shared: str, tokens: int) -> None:
     bias, expert_ids = (meta(EXPERTS), None) if rule == "bias" else (None, meta(tokens, CHOSEN, dtype=torch.int32))
     options = {"scaling": 1.5, "renormalize": True, "shared": shared == "along"}
-    twin(meta(tokens, EXPERTS), CHOSEN, bias=bias, expert_ids=expert_ids, **options)
+    op(meta(tokens, EXPERTS), CHOSEN, bias=bias, expert_ids=expert_ids, **options)
 
 
 @cases(dtype=DTYPES, width=(DIM, Q_RANK, HIDDEN), tokens=TOKENS)
-def rms_norm(twin: Twin, dtype: str, width: int, tokens: int) -> None:
-    twin(meta(tokens, width, dtype=dtype), meta(width, dtype=dtype), EPS)
+def rms_norm(op: Op, dtype: str, width: int, tokens: int) -> None:
+    op(meta(tokens, width, dtype=dtype), meta(width, dtype=dtype), EPS)
 
 
 @cases(dtype=DTYPES, tokens=TOKENS, tp=RANKS)
-def swiglu(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
-    twin(meta(tokens, INNER // tp, dtype=dtype), meta(tokens, INNER // tp, dtype=dtype), 10.0)
+def swiglu(op: Op, dtype: str, tokens: int, tp: int) -> None:
+    op(meta(tokens, INNER // tp, dtype=dtype), meta(tokens, INNER // tp, dtype=dtype), 10.0)
 
 
 @cases(tokens=TOKENS)
-def rope_table(twin: Twin, tokens: int) -> None:
-    twin(numbers(tokens), meta(ROPE // 2))
+def rope_table(op: Op, tokens: int) -> None:
+    op(numbers(tokens), meta(ROPE // 2))
 
 
 def packed(weight: str, n: int, k: int, *stack: int, full: tuple[int, int]) -> tuple[dict[str, torch.Tensor], Scheme]:
@@ -269,19 +270,19 @@ EXPERT_TOKENS = (*TOKENS, 1024, 4096)
 
 @cases(dtype=("bf16",), weight=("int4",), tokens=EXPERT_TOKENS, tp=(1, 8), shared=("along",))
 @cases(dtype=DTYPES, weight=WEIGHTS, tokens=EXPERT_TOKENS, tp=RANKS)
-def packed_experts(twin: Twin, dtype: str, weight: str, tokens: int, tp: int, shared: str = "apart") -> None:
+def packed_experts(op: Op, dtype: str, weight: str, tokens: int, tp: int, shared: str = "apart") -> None:
     more = int(shared == "along")
     w13, scheme13 = packed(weight, INNER // tp, HIDDEN, EXPERTS + more, 2, full=(INNER, HIDDEN))
     w2, scheme2 = packed(weight, HIDDEN, INNER // tp, EXPERTS + more, full=(HIDDEN, INNER))
     x, routing = meta(tokens, HIDDEN, dtype=dtype), chosen(tokens, CHOSEN + more)
-    twin(x, w13, w2, scheme13, scheme2, *routing, swiglu_limit=10.0)
+    op(x, w13, w2, scheme13, scheme2, *routing, swiglu_limit=10.0)
 
 
 @cases(dtype=DTYPES, tokens=TOKENS, tp=RANKS)
-def fused_experts(twin: Twin, dtype: str, tokens: int, tp: int) -> None:
+def fused_experts(op: Op, dtype: str, tokens: int, tp: int) -> None:
     inner = INNER // tp
     w13, w2 = meta(EXPERTS, 2 * inner, HIDDEN, dtype=dtype), meta(EXPERTS, HIDDEN, inner, dtype=dtype)
-    twin(meta(tokens, HIDDEN, dtype=dtype), w13, w2, *chosen(tokens), swiglu_limit=10.0)
+    op(meta(tokens, HIDDEN, dtype=dtype), w13, w2, *chosen(tokens), swiglu_limit=10.0)
 
 
 LINEARS = ("wq_a", "wq_b", "wo_a", "wo_b", "shared w1")
@@ -289,7 +290,7 @@ LINEARS = ("wq_a", "wq_b", "wo_a", "wo_b", "shared w1")
 
 @cases(dtype=("bf16",), weight=("fp4", "int4 g32"), layer=("wq_a", "wo_a"), tokens=(8, PREFILL), tp=(1,))
 @cases(dtype=DTYPES, weight=("int4", "int4 act-order", "fp8"), layer=LINEARS, tokens=(*TOKENS, 32, 96), tp=(1, 8))
-def packed_linear(twin: Twin, dtype: str, weight: str, layer: str, tokens: int, tp: int) -> None:
+def packed_linear(op: Op, dtype: str, weight: str, layer: str, tokens: int, tp: int) -> None:
     wide = HEADS // O_GROUPS * DIM
     n, k, full, groups = {
         "wq_a": (Q_RANK, HIDDEN, (Q_RANK, HIDDEN), 0),
@@ -299,4 +300,4 @@ def packed_linear(twin: Twin, dtype: str, weight: str, layer: str, tokens: int, 
         "shared w1": (INNER // tp, HIDDEN, (INNER, HIDDEN), 0),
     }[layer]
     x = meta(tokens, groups, k, dtype=dtype) if groups else meta(tokens, k, dtype=dtype)
-    twin(x, *packed(weight, n, k, full=full))
+    op(x, *packed(weight, n, k, full=full))

@@ -3,7 +3,7 @@
     python -m checks.compile_table [--arch 80 90] [--kernel sparse_attention ...] [--common] [--output TABLE.md]
 
 The ops run on tensors without memory (`flash_cases.py`), and every launch that they make is specialised as Triton
-would at run time and compiled. Exits with 1, naming what and where, if a kernel does not compile, needs more shared
+would at run time and compiled. Exits with 1, and says what and where, if a kernel does not compile, needs more shared
 memory than the GPU has, spills registers or has too large a grid.
 """
 
@@ -31,6 +31,7 @@ from triton.runtime.jit import create_function_from_signature
 
 import vllm_deepseek_v4flash.ops as ops
 from benchmarks.flash_cases import CASES, Case
+from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
 
 from . import cuda_usage
@@ -107,7 +108,7 @@ def launches(cases: Iterable[Case], arch: int) -> list[Job]:
                 backend, options, bound, specialization, rest
             )
             source = ASTSource(kernel, signature, constants, attributes)
-            named = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
+            named = _named(kernel, bound, constants)
             key = (source.hash(), compiled.hash())
             job = jobs.setdefault(key, Job(_name(kernel), arch, source, compiled, named))
             if case not in job.cases:
@@ -118,6 +119,21 @@ def launches(cases: Iterable[Case], arch: int) -> list[Job]:
         with recorded(Device(traits.multiprocessors, traits.native_fp8), record):
             case.run()
     return list(jobs.values())
+
+
+def _named(kernel: Any, bound: dict[str, Any], constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
+    """What is compiled in, by name; members of structs are `struct.member`."""
+    found: dict[str, Any] = {}
+    for (first, *rest), value in constants.items():
+        name = kernel.arg_names[first]
+        struct = bound[name]
+        for index in rest:
+            name, struct = f"{name}.{struct._fields[index]}", struct[index]
+        if hasattr(value, "_fields"):
+            found |= {f"{name}.{member}": item for member, item in zip(value._fields, value, strict=True)}
+        else:
+            found[name] = value
+    return found
 
 
 def _name(kernel: Any) -> str:
@@ -298,10 +314,10 @@ whether the shared expert runs along with the routed ones); where none does, it 
 
 
 def without_cases(cases: Sequence[Case]) -> list[str]:
-    """The ops that have a Triton twin but no case."""
-    root = Path(ops.__file__).parent
-    twins = {p.stem for p in (root / "triton").glob("*.py")} & {p.stem for p in (root / "reference").glob("*.py")}
-    return sorted(twins - {"__init__"} - {case.op for case in cases})
+    """The ops that have Triton kernels but no case."""
+    kernels = {path.stem for path in (Path(ops.__file__).parent / "triton").glob("*.py")}
+    implemented = {op.__name__ for op in dispatch.ops()} & kernels
+    return sorted(implemented - {case.op for case in cases})
 
 
 def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
