@@ -335,10 +335,14 @@ def test_a_token_does_not_depend_on_the_others(implementation, device, rng, fmt,
         pytest.skip("PyTorch chooses the order of its sums by the shapes")
     asked = [(0, p) for p in range(50, 64)]
     problem = Problem(rng, device, fmt=fmt, lengths=[64], asked=asked, heads=8, ratio=4, dtype=torch.bfloat16)
-    whole, q = problem.run(20), problem.q
+    whole, q = problem.check(20), problem.q
     for part in (slice(0, 3), slice(3, 14)):
         problem.q, problem.asked = q[part], asked[part]
-        assert_exact(problem.run(20), whole[part])
+        # The interpreter multiplies with BLAS, which orders a sum by the operands' shapes, a row's place in them and
+        # the processor. `check` bounds the error of sums in any order: two orders differ by at most twice its bound.
+        actual = problem.check(20)
+        if implementation != "interpreted":
+            assert_exact(actual, whole[part])
 
 
 @pytest.mark.parametrize(
