@@ -23,6 +23,7 @@ def test_compiled_kernels(file: str, selection: str) -> None:
     done = subprocess.run(
         [*command, str(TESTS / file)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=7200
     )
-    nothing_selected = done.returncode == 5 and selection == "slow"
-    assert done.returncode == 0 or nothing_selected, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
-    assert nothing_selected or re.search(r"[1-9]\d* (passed|skipped)", done.stdout.strip().splitlines()[-1])
+    if done.returncode == 5 and re.search(r"[1-9]\d* deselected", done.stdout):
+        pytest.skip(f"{file} has no test that is {selection}")
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    assert re.search(r"[1-9]\d* (passed|skipped)", done.stdout.strip().splitlines()[-1])

@@ -155,6 +155,7 @@ def test_an_entry_is_visible_from_the_token_that_completes_it(device, rng):
 
 def test_entries_that_are_not_visible_are_not_read(device, rng, fmt):
     problem = Problem(rng, device, fmt=fmt, lengths=[40], asked=[(0, 10), (0, 22)], ratio=4)
+    assert problem.entries is not None
     for row in range(5, 10):
         problem.entries.poison(0, row)
     problem.check(3)
@@ -368,8 +369,8 @@ def test_dimensions_of_flash(device, rng, rows, kind, asked):
     lists = [torch.randperm(max(lengths), generator=rng)[:512] for _ in asked]
     if kind == "CSA":
         options["indices"] = torch.stack(lists).to(device, torch.int32)
-    where = (torch.tensor(values, device=device) for values in (asked, requests))
-    actual = sparse_attention(q, sinks, *where, caches[0], **options)
+    positions, request_of = (torch.tensor(values, device=device) for values in (asked, requests))
+    actual = sparse_attention(q, sinks, positions, request_of, caches[0], **options)
     rounded = torch.bfloat16 if dispatch.backends(device.type)[0] == "triton" else torch.float32
     for t, (request, position) in enumerate(zip(requests, asked, strict=True)):
         visible = (position + 1) // ratio
@@ -377,7 +378,7 @@ def test_dimensions_of_flash(device, rng, rows, kind, asked):
         if kind == "CSA":
             chosen = (chosen[0], lists[t][lists[t] < visible])
         keys = [
-            read_rows(cache, *cache.locate(torch.tensor(request), n.to(device)), torch.ones(len(n), dtype=bool))
+            read_rows(cache, *cache.locate(torch.tensor(request), n.to(device)), torch.ones(len(n), dtype=torch.bool))
             for cache, n in zip(caches, chosen, strict=True)
         ]
         assert_within(actual[t], *attend(f64(q[t]), f64(torch.cat(keys)), f64(sinks), dim**-0.5, rounded))
