@@ -94,7 +94,7 @@ def paged(
     """
     low, high = first // page.block_tokens, last // page.block_tokens + 1
     needed = copies * requests * (high - low)
-    # Pages are two pages apart, like those of several layers in one allocation.
+    # Pages start two page sizes from each other, like those of several layers in one allocation.
     most = max(2, bench.memory_bytes // _SHARE // (2 * page.page_bytes))
     pages = _pool(bench, name, page, min(needed, most) + 1)
     owned = len(pages) - 1

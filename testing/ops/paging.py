@@ -1,4 +1,4 @@
-"""Paged caches for tests: shuffled pages that lie apart, as vLLM lays them, and poison in every unwritten byte."""
+"""Paged caches for tests: shuffled pages with gaps between them, as in vLLM, and poison in every unwritten byte."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def make_cache(
     *,
     far: bool = False,
 ) -> TestCache:
-    """A poisoned cache for requests of these lengths (in rows), on shuffled pages; page 0 belongs to nobody.
+    """A poisoned cache for requests of these lengths (in rows), on shuffled pages; page 0 belongs to no request.
 
     With `far` every page of a request lies past 2^31 elements, where a 32-bit offset would miss it. On a CPU that
     takes no memory; on a GPU it does, 2^28 elements a page.
@@ -123,7 +123,7 @@ FAR_STRIDE, FAR_PAGES = 1 << 28, 9
 
 
 def _sparse(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Rows of `shape` that are FAR_STRIDE apart; on a CPU in a file without blocks for what lies between.
+    """Rows of `shape` with a stride of FAR_STRIDE; on a CPU in a sparse file.
 
     There 2^31 elements lie before them too, so that an offset that wraps around meets zeros, not a segmentation fault.
     """

@@ -174,7 +174,7 @@ def test_the_server_does_not_start(tmp_path: Path) -> None:
     with broken(VALUE_CASES["NaN scale"], tmp_path) as path:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
         command += ["--port", str(port), "--host", "127.0.0.1", "--skip-tokenizer-init", "--dtype", "float32"]
-        # Without a size vLLM wants most of the machine's memory to be free, and fails for that reason first.
+        # Without a size vLLM needs most of the machine's memory to be free, and fails for that reason first.
         command += ["--kv-cache-memory-bytes", str(64 << 20)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode != 0

@@ -77,7 +77,7 @@ def test_with_an_index_other_files_do_not(good: Path) -> None:
     assert set(read_headers(good)) == {"a", "b", "c", "d"}
 
 
-def test_a_pickle_beside_safetensors_is_not_looked_at(good: Path) -> None:
+def test_a_pickle_next_to_safetensors_is_ignored(good: Path) -> None:
     (good / "optimizer.pt").write_bytes(b"pickle")
     assert set(read_headers(good)) == {"a", "b", "c", "d"}
 

@@ -24,7 +24,7 @@ def build(tmp_path):
     """Builds the package as an installation does, with a compiler of this name; returns what lies in its place."""
 
     def run(nvcc):
-        # Nothing is written beside the sources, which other tests run from.
+        # Nothing is written next to the sources, which other tests run from.
         build, objects = str(tmp_path / "build"), str(tmp_path / "objects")
         commands = ["egg_info", "-e", str(tmp_path), "build", "-b", build, "-t", objects]
         environment = {**os.environ, "DEEPSEEK_V4FLASH_NVCC": str(nvcc)}

@@ -148,7 +148,7 @@ def test_use_before_binding_is_named():
 @pytest.mark.parametrize("pages", [1, 5])
 @pytest.mark.parametrize(("layer", "name"), [(CSA_LAYER, "entries"), (HCA_LAYER, "entries"), (HCA_LAYER, "window")])
 def test_rows_go_to_the_memory_vllm_gave(pages, layer, name):
-    """vLLM's view is [pages, 1, rows, head size], its pages apart; the ops must write to it, not to a copy."""
+    """vLLM's view is [pages, 1, rows, head size], with gaps between pages; the ops must write to it, not to a copy."""
     cache = make(name=name, layer=layer)
     spec = layer_specs(FLASH, layer, formats())[name][0]
     rows, size = spec.block_size // spec.tokens_per_state, spec.head_size

@@ -170,7 +170,7 @@ def test_class_targets() -> None:
 
 
 @pytest.mark.parametrize("fp8_first", [False, True])
-def test_fp8_attention_beside_int4_experts(fp8_first: bool) -> None:
+def test_fp8_attention_with_int4_experts(fp8_first: bool) -> None:
     """Two groups that both say Linear are told apart by what the tensors are."""
     int4, fp8 = cases.compressed(group=64), cases.fp8("weight_scale", torch.bfloat16)
     entries = [("int4", (["Linear"], weights_args())), ("fp8", (["Linear"], FP8_GROUP))]

@@ -15,13 +15,13 @@ from ..triton.packed_experts import packed_experts as triton_packed_experts
 from .library import Routing, Weights, library
 
 MOST_TOKENS = 32
-"""With more, experts have enough rows for Triton's kernels, which are made for them."""
+"""Of a batch; in larger ones, experts have enough rows for Triton's kernels."""
 
 logger = logging.getLogger(logger_name(__name__))
 
 _CODECS = {"int4": 0, "fp4": 1}
 _SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-_COLUMNS = 32  # that one step of the kernels takes; its 16 bytes must lie on a boundary
+_COLUMNS = 32  # that one step of the kernels takes; its 16 bytes must be aligned
 _TILE = 32  # rows of one block
 
 
@@ -37,10 +37,10 @@ def packed_experts(
     swiglu_limit: float | None,
     first_expert: int = 0,
 ) -> torch.Tensor:
-    """Few tokens in bf16 are computed here, all others by the Triton twin.
+    """Small batches in bf16; Triton computes all others.
 
     Raises:
-        ValueError: these kernels were asked for by name, and cannot compute this layer.
+        ValueError: the environment asks for these kernels, and they cannot compute this layer.
     """
     reason = unsuitable(x.dtype, scheme13, scheme2, x.shape[1], w2)
     if reason is not None:
