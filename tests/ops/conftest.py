@@ -3,7 +3,6 @@
 The interpreter must be chosen before Triton is imported, which `tests/conftest.py` does for the whole session.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,8 @@ import pytest
 import torch
 
 import vllm_deepseek_v4flash.ops as ops
+from testing.ops.interpreted import need_interpreter
 from vllm_deepseek_v4flash.ops import dispatch
-
-
-def need_interpreter():
-    """Skip on a machine with a GPU, for which Triton compiles: there the tests marked `gpu` take its place."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels are compiled here: pytest -m gpu runs them, TRITON_INTERPRET=1 interprets them")
 
 
 def pytest_generate_tests(metafunc):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import vllm_deepseek_v4flash.ops.triton.topk as kernel
-
-from .conftest import need_interpreter
+from testing.ops.interpreted import need_interpreter
 
 INF = math.inf
 

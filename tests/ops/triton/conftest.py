@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ..conftest import need_interpreter
+from testing.ops.interpreted import need_interpreter
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
