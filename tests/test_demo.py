@@ -58,7 +58,7 @@ def test_config_that_is_not_json(demo, tmp_path):
 
 def test_checkpoint_without_weights(demo, tmp_path):
     (tmp_path / "config.json").write_text((TOY / "config.json").read_text())
-    with pytest.raises(demo.DemoError, match="no weights to serve"):
+    with pytest.raises(demo.DemoError, match="no weights to load"):
         demo.read_config(tmp_path)
 
 
