@@ -57,7 +57,7 @@ class Case:
 
     @property
     def common(self) -> bool:
-        """Whether this is what most users run: bf16 on one rank, a few requests decoding or a prefill, far along.
+        """Whether this is what most users run: bf16 on one rank, few requests decoding or a prefill, at long context.
 
         Of weights and layers whose kernels differ in sizes and scales alone, one stands for all.
         """
@@ -120,8 +120,8 @@ def row_format(cache: str, dtype: str, dim: int, rope: int = 0) -> RowFormat:
 
 def paged(page: PageSize, requests: int) -> PagedRows:
     """Pages as vLLM lays them out, next to those of other layers, for requests of 2^20 tokens."""
-    apart = 2 * page.rows * page.row_size
-    pages = meta(1000, apart, dtype=page.format.dtype)[:, : page.rows * page.row_size]
+    stride = 2 * page.rows * page.row_size
+    pages = meta(1000, stride, dtype=page.format.dtype)[:, : page.rows * page.row_size]
     table = meta(requests, CONTEXT // page.block_tokens, dtype=torch.int32)
     return PagedRows(pages, page.rows, page.format, table)
 
@@ -228,10 +228,10 @@ def mhc_head(op: Op, dtype: str, tokens: int) -> None:
     op(streams, meta(STREAMS, STREAMS * HIDDEN), meta(1), meta(STREAMS), norm_eps=EPS, hc_eps=1e-6)
 
 
-@cases(rule=("bias", "hash"), shared=("apart", "along"), tokens=TOKENS)
+@cases(rule=("bias", "hash"), shared=("separate", "fused"), tokens=TOKENS)
 def route(op: Op, rule: str, shared: str, tokens: int) -> None:
     bias, expert_ids = (meta(EXPERTS), None) if rule == "bias" else (None, meta(tokens, CHOSEN, dtype=torch.int32))
-    options = {"scaling": 1.5, "renormalize": True, "shared": shared == "along"}
+    options = {"scaling": 1.5, "renormalize": True, "shared": shared == "fused"}
     op(meta(tokens, EXPERTS), CHOSEN, bias=bias, expert_ids=expert_ids, **options)
 
 
@@ -268,10 +268,10 @@ def chosen(tokens: int, count: int = CHOSEN) -> tuple[torch.Tensor, torch.Tensor
 EXPERT_TOKENS = (*TOKENS, 1024, 4096)
 
 
-@cases(dtype=("bf16",), weight=("int4",), tokens=EXPERT_TOKENS, tp=(1, 8), shared=("along",))
+@cases(dtype=("bf16",), weight=("int4",), tokens=EXPERT_TOKENS, tp=(1, 8), shared=("fused",))
 @cases(dtype=DTYPES, weight=WEIGHTS, tokens=EXPERT_TOKENS, tp=RANKS)
-def packed_experts(op: Op, dtype: str, weight: str, tokens: int, tp: int, shared: str = "apart") -> None:
-    more = int(shared == "along")
+def packed_experts(op: Op, dtype: str, weight: str, tokens: int, tp: int, shared: str = "separate") -> None:
+    more = int(shared == "fused")
     w13, scheme13 = packed(weight, INNER // tp, HIDDEN, EXPERTS + more, 2, full=(INNER, HIDDEN))
     w2, scheme2 = packed(weight, HIDDEN, INNER // tp, EXPERTS + more, full=(HIDDEN, INNER))
     x, routing = meta(tokens, HIDDEN, dtype=dtype), chosen(tokens, CHOSEN + more)

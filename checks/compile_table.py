@@ -307,7 +307,7 @@ shared memory than there is, or spills a register.
 
 A kernel is named after its file in `ops/triton/`, and its function where that has another name; those of `csrc/` are
 compiled by nvcc. A configuration names the axes that matter to it (op: the one that launches it; tp: ranks; shared:
-whether the shared expert runs along with the routed ones); where none does, it says "all".
+whether the shared expert is fused with the routed ones); where none does, it says "all".
 
 {as_table(rows, archs)}
 """

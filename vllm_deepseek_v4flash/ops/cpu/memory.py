@@ -38,12 +38,12 @@ def _element(builder: Any, address: Any, index: Any, kind: Any) -> Any:
     return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
 
 
-def _reader(kind: Any, result: Any, *, signed: bool = True, apart: bool = False) -> Any:
+def _reader(kind: Any, result: Any, *, signed: bool = True, noalias: bool = False) -> Any:
     def read(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, index = arguments
             value = builder.load(_element(builder, address, index, kind))
-            if apart:
+            if noalias:
                 value.set_metadata("alias.scope", _scope(builder.module))
             if isinstance(result, types.Float):
                 return value
@@ -55,14 +55,14 @@ def _reader(kind: Any, result: Any, *, signed: bool = True, apart: bool = False)
     return intrinsic(read)
 
 
-def _writer(kind: Any, value_type: Any, *, apart: bool = False) -> Any:
+def _writer(kind: Any, value_type: Any, *, noalias: bool = False) -> Any:
     def write(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, index, value = arguments
             if value.type != kind:
                 value = builder.trunc(value, kind)
             stored = builder.store(value, _element(builder, address, index, kind))
-            if apart:
+            if noalias:
                 stored.set_metadata("noalias", _scope(builder.module))
             return context.get_dummy_value()
 
@@ -74,7 +74,7 @@ def _writer(kind: Any, value_type: Any, *, apart: bool = False) -> Any:
 def _scope(module: Any) -> Any:
     """LLVM's alias scope of what `get_noalias` reads and `put_noalias` promises not to overwrite."""
     domain = module.add_metadata(["deepseek_v4flash"])
-    return module.add_metadata([module.add_metadata(["read apart", domain])])
+    return module.add_metadata([module.add_metadata(["noalias reads", domain])])
 
 
 get = _reader(ir.FloatType(), types.float32)
@@ -88,9 +88,9 @@ put_i32 = _writer(ir.IntType(32), types.int64)
 put_i64 = _writer(ir.IntType(64), types.int64)
 put_u16 = _writer(ir.IntType(16), types.int64)
 put_u8 = _writer(ir.IntType(8), types.int64)
-get_noalias = _reader(ir.FloatType(), types.float32, apart=True)
+get_noalias = _reader(ir.FloatType(), types.float32, noalias=True)
 """`get`, for values that no `put_noalias` of the same kernel overwrites: loops with both are vectorised."""
-put_noalias = _writer(ir.FloatType(), types.float32, apart=True)
+put_noalias = _writer(ir.FloatType(), types.float32, noalias=True)
 
 
 @intrinsic
