@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Of pytest; each may hold an engine of a few GiB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: setup demo test test-slow compile-table bench-attention bench-moe gpu-check diagrams lint clean
+.PHONY: setup demo test test-slow compile-table bench-attention bench-moe kernel-report gpu-check diagrams lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
@@ -26,6 +26,10 @@ bench-attention: setup
 
 bench-moe: setup
 	$(BIN)/python -m benchmarks.moe $(ARGS)
+
+# Executes compiled kernels on the CPU; needs nvcc, and about half an hour on two cores.
+kernel-report: setup
+	$(BIN)/python -m benchmarks.kernel_report --write docs/kernel-report.md $(ARGS)
 
 gpu-check: setup
 	$(BIN)/python -m checks.gpu_check $(ARGS)

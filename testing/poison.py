@@ -72,3 +72,14 @@ def poisoned_allocations() -> Iterator[None]:
         for name in METHODS:
             patch.setattr(torch.Tensor, name, poisoning(getattr(torch.Tensor, name)))
         yield
+
+
+@contextmanager
+def without_poison() -> Iterator[None]:
+    """Undo `poisoned_allocations` for a while, for weights that must not take memory before they are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in ((torch, FUNCTIONS), (torch.Tensor, METHODS)):
+            for name in names:
+                function = getattr(owner, name)
+                patch.setattr(owner, name, getattr(function, "__wrapped__", function))
+        yield

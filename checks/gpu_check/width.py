@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import floor
 from benchmarks.report import Peaks
 from benchmarks.roofline import measure_peaks, time_us
 
-from . import connector, families, floor, random_model
+from . import connector, families, random_model
 from .families import FAMILIES
 from .random_model import Shape
 from .results import Recorder

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +28,8 @@ from .triton_kernels import Run
 SOURCE = Path(__file__).parents[2] / "csrc" / "experts.cu"
 THREADS = 128
 UP_ROWS, DOWN_ROWS = 16, 32  # of one block
+ScheduleOf = Callable[[tuple[int, int, int]], Schedule]
+"""Takes the grid of a launch."""
 _SCALE_BYTES = {0: 4, 1: 2, 2: 2, 3: 1}  # csrc/weights.cuh's ScaleType
 
 
@@ -75,7 +77,7 @@ def _address(value: int) -> bytes:
 class _Library:
     """Stands in for the compiled library: launches what its C function launches."""
 
-    def __init__(self, arch: int, source: Path, schedule: Schedule | None, runs: list[Run]) -> None:
+    def __init__(self, arch: int, source: Path, schedule: ScheduleOf, runs: list[Run]) -> None:
         self.arch, self.source, self.schedule, self.runs = arch, source, schedule, runs
         stated = re.search(r"static_assert\(sizeof\(Shared\) == (\d+)\)", source.read_text())
         assert stated is not None, f"{source} does not assert the size of its shared memory"
@@ -108,7 +110,7 @@ class _Library:
         for name, (tiles, values) in launches.items():
             executable = _executables(self.arch, self.source)[name, codec]
             grid = (tiles, pairs, 1)
-            result = executable.launch(grid, _pack(executable, values), self.shared, memory, self.schedule)
+            result = executable.launch(grid, _pack(executable, values), self.shared, memory, self.schedule(grid))
             self.runs.append(Run(name, grid, result, self.shared, ptx(self.arch, self.source)))
         return 0
 
@@ -124,9 +126,10 @@ def _weight_memory(name: str, weights: Weights, experts: int) -> list[Memory]:
 
 
 @contextlib.contextmanager
-def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | None = None) -> Iterator[list[Run]]:
+def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | ScheduleOf | None = None) -> Iterator[list[Run]]:
     """Run what `ops/cuda` launches on the executor, as if on a GPU of `arch`; yields what ran so far."""
     runs: list[Run] = []
-    library = _Library(arch, source, schedule, runs)
+    fixed = Schedule() if schedule is None else schedule
+    library = _Library(arch, source, fixed if callable(fixed) else lambda grid: fixed, runs)
     with mock.patch.object(op, "library", return_value=library):
         yield runs

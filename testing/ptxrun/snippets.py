@@ -19,16 +19,20 @@ def launch(
     schedule: Schedule | None = None,
 ) -> Result:  # fmt: skip
     """Run `body`, in which %p0, %p1... are the arrays' addresses, %t is the thread's number and `memory` shared."""
-    parameters = ", ".join(f".param .u64 a{i}" for i in range(len(arrays)))
-    loads = "".join(f"ld.param.u64 %p{i}, [a{i}];\n" for i in range(len(arrays)))
-    text = (
-        f"{HEAD}.visible .entry k({parameters}) .reqntid {threads}\n{{\n.reg .b64 %p<{len(arrays) + 1}>;\n"
-        f".reg .b32 %t;\nmov.u32 %t, %tid.x;\n{loads}{body}\nret;\n}}\n"
-    )
-    (kernel,) = parse(text).values()
+    (kernel,) = parse(ptx(body, len(arrays), threads)).values()
     data = b"".join(a.ctypes.data.to_bytes(8, "little") for a in arrays)
     memory = [Memory(a.ctypes.data, a.nbytes) for a in arrays]
     return Executable(kernel, (threads, 1, 1)).launch((grid, 1, 1), data, shared, memory, schedule)
+
+
+def ptx(body: str, arrays: int, threads: int) -> str:
+    """The kernel `k` that `launch` runs."""
+    parameters = ", ".join(f".param .u64 a{i}" for i in range(arrays))
+    loads = "".join(f"ld.param.u64 %p{i}, [a{i}];\n" for i in range(arrays))
+    return (
+        f"{HEAD}.visible .entry k({parameters}) .reqntid {threads}\n{{\n.reg .b64 %p<{arrays + 1}>;\n"
+        f".reg .b32 %t;\nmov.u32 %t, %tid.x;\n{loads}{body}\nret;\n}}\n"
+    )
 
 
 def faults(result: Result) -> set[Fault]:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import floor
 from benchmarks.report import Peaks
-from checks.gpu_check import families, floor, peer, random_model, stepping, timed, width
+from checks.gpu_check import families, peer, random_model, stepping, timed, width
 from checks.gpu_check.results import FailedError, NotRunError, Recorder
 
 GIB = 1 << 30

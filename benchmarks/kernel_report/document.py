@@ -1,0 +1,179 @@
+"""The kernel report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import triton
+
+from testing.ptxrun.gpus import Gpu
+from testing.ptxrun.profile import Profile
+from vllm_deepseek_v4flash.config import LayerKind
+
+from .estimate import DRAM_SHARE, FAMILIES, LAUNCH_US, MOST_ISSUED, PER_WARP, PRODUCT_SHARE, Machine, Step, limit
+from .layer import Point
+from .trace import AllReduce, Call
+
+LANES = 32
+UNITS = {
+    "packed_experts": "4-bit weight",
+    "packed_linear": "4-bit weight",
+    "sparse_attention": "head and key",
+    "indexer_topk": "index entry",
+}
+"""What an op's work is counted in."""
+DETAILED = (80, 90)
+"""Architectures whose kernels are listed one by one, at these points."""
+DETAILED_POINTS = (Point(1, 1 << 13), Point(8, 1 << 13), Point(32, 1 << 13), Point(1, 1 << 20), Point(new=8192))
+Layers = Mapping[LayerKind, Sequence[Call]]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The layers of one machine and point."""
+
+    machine: Machine
+    point: Point
+    weight: str
+    """How the weights are packed, as in `benchmarks/flash_cases.py`."""
+    layers: Layers
+    step: Step
+    host_ms: float | None = None
+    """Milliseconds of Python for a step of 43 layers without CUDA graphs, on the machine that wrote the report."""
+
+
+def document(traced: Sequence[Traced]) -> str:
+    """The whole page."""
+    return "\n".join([
+        _head(),
+        "## A whole step (estimate)\n",
+        _steps(traced),
+        "![An estimated step by family](kernel-report.svg)\n",
+        "## Launches per layer\n",
+        _launches(traced),
+        "## Kernels\n",
+        _kernels(traced),
+        "## Wasted traffic and bank conflicts\n",
+        _worst(traced),
+    ])  # fmt: skip
+
+
+def _head() -> str:
+    return f"""# What the compiled kernels do
+
+Written by `make kernel-report` with Triton {triton.__version__}. Every kernel of a step is compiled at
+DeepSeek-V4-Flash's real widths, executed on a CPU (`testing/ptxrun`) and counted. **Nothing here was measured on a
+GPU: counts are counts, times are estimates.**
+
+How an estimate is made (`benchmarks/kernel_report/estimate.py`): a launch takes {LAUNCH_US:.0f} us plus the longest of
+
+- the bytes that DRAM must move, at {DRAM_SHARE:.0%} of the data sheet's bandwidth;
+- each unit's instructions on the busiest multiprocessor, at the unit's full rate;
+- all instructions, of which a scheduler issues {PER_WARP} a clock for each warp that it holds, up to {MOST_ISSUED}.
+
+Launches do not overlap, and all are inside one CUDA graph. PyTorch's products reach {PRODUCT_SHARE:.0%} of the tensor
+cores' rate. vLLM's scheduler, sampling and the draft of speculative decoding are not in it. Machine instructions are
+those that ptxas emits, each source line as often as its PTX ran (`testing/ptxrun/machine_code.py`). Of a large grid
+some blocks ran, and counts are scaled to the grid. A decoding step completes no compressed entry.
+"""
+
+
+def _steps(traced: Sequence[Traced]) -> str:
+    rows = [["machine", "weights", "step", "ms", "floor ms", "launches", *(f"{name} ms" for name in FAMILIES)]]
+    for each in traced:
+        step = each.step
+        rows.append([
+            str(each.machine), each.weight, str(each.point), f"**{step.us / 1e3:.2f}**", f"{step.floor_us / 1e3:.2f}",
+            f"{step.launches}", *(f"{step.families[name] / 1e3:.2f}" for name in FAMILIES),
+        ])  # fmt: skip
+    return (
+        _table(rows) + "\nThe floor is what no implementation avoids (`benchmarks/floor.py`): each weight and row read "
+        "once, at the data sheet's bandwidth and tensor rate, divided over the ranks without communication.\n"
+    )
+
+
+def _launches(traced: Sequence[Traced]) -> str:
+    rows = [["machine", "weights", "step", *(kind.name for kind in LayerKind), "43 layers", "ms of Python"]]
+    for each in traced:
+        counts = [launches_of(each.layers[kind]) for kind in LayerKind]
+        host = "" if each.host_ms is None else f"{each.host_ms:.0f}"
+        rows.append([
+            str(each.machine), each.weight, str(each.point), *map(str, counts), str(each.step.launches), host,
+        ])  # fmt: skip
+    return _table(rows) + (
+        "\nAll-reduces come on top, two a layer. Python: what a step without CUDA graphs takes to start its launches, "
+        "without Triton's launcher, measured on the CPU that wrote this report.\n"
+    )
+
+
+def launches_of(calls: Sequence[Call]) -> int:
+    """Kernels that a layer starts, PyTorch's included, without all-reduces."""
+    return sum(not isinstance(launch, AllReduce) for call in calls for launch in call.launches)
+
+
+def instructions_per_unit(call: Call) -> float:
+    """Machine instructions of threads for each unit of the op's work."""
+    issued = sum(launch.instructions for launch in call.launches if isinstance(launch, Profile))
+    return LANES * issued / call.units
+
+
+def _kernels(traced: Sequence[Traced]) -> str:
+    rows = [[
+        "machine", "weights", "step", "op: kernel", "blocks", "warps", "registers", "shared KB", "per SM", "waves",
+        "KB in flight per SM", "instructions per unit", "mix", "sectors per request", "wasted", "bank conflicts",
+        "limit", "us at least",
+    ]]  # fmt: skip
+    for each in traced:
+        if each.machine.gpu.arch not in DETAILED or each.point not in DETAILED_POINTS:
+            continue
+        found = (
+            tuple(_kernel(each.machine.gpu, call, launch))
+            for calls in each.layers.values()
+            for call in calls
+            for launch in call.launches
+            if isinstance(launch, Profile)
+        )
+        rows += [[str(each.machine), each.weight, str(each.point), *row] for row in dict.fromkeys(found)]
+    units = ", ".join(f"{op}: {unit}" for op, unit in UNITS.items())
+    return _table(rows) + (
+        f"\nUnits of the op's work, all its launches together: {units}. Instructions are those of threads. Bytes in "
+        f"flight are those of asynchronous copies.\n"
+    )
+
+
+def _kernel(gpu: Gpu, call: Call, launch: Profile) -> list[str]:
+    resident, traffic = launch.resident(gpu), launch.traffic
+    total = launch.instructions
+    mix = sorted(launch.issued.items(), key=lambda item: -item[1])[:4]
+    per_unit = f"{LANES * total / call.units:.2f}" if call.units else ""
+    unit, least = limit(launch, gpu)
+    return [
+        f"{call.op}: {launch.kernel.lstrip('_')}", str(launch.blocks), str(launch.warps), str(launch.registers),
+        f"{launch.shared / 1024:.1f}", str(resident), f"{launch.waves(gpu):.2f}",
+        f"{launch.in_flight * min(resident, -(-launch.blocks // gpu.multiprocessors)) / 1024:.0f}", per_unit,
+        ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in mix),
+        f"{traffic.sectors / max(traffic.requests, 1):.1f}", f"{traffic.wasted:.0%}",
+        f"{launch.wavefronts / launch.ideal_wavefronts:.2f}" if launch.ideal_wavefronts else "", unit, f"{least:.1f}",
+    ]  # fmt: skip
+
+
+def _worst(traced: Sequence[Traced]) -> str:
+    lines: dict[str, None] = {}
+    launches = (
+        (each.machine.gpu.arch, launch)
+        for each in traced
+        if each.machine.gpu.arch in DETAILED
+        for calls in each.layers.values()
+        for call in calls
+        for launch in call.launches
+    )
+    for arch, launch in launches:
+        if isinstance(launch, Profile):
+            lines |= {f"- sm_{arch}, {launch.kernel.lstrip('_')}: {text}": None for text in launch.worst}
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)) + "\n"

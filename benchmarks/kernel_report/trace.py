@@ -1,0 +1,287 @@
+"""What one layer starts on a GPU in a step: every launch of our kernels, executed and counted, and PyTorch's.
+
+The layer runs on a CPU with Triton's and nvcc's code on the executor (`testing/ptxrun`). Of a large grid some blocks
+run; memory that the others would write holds random numbers. What later kernels do depends on the tokens' experts and
+on the index's choice: both are drawn at random instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import timeit
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from testing.flash import FLASH_CONFIG
+from testing.ptxrun import cuda_kernels
+from testing.ptxrun.executable import Schedule
+from testing.ptxrun.profile import Profile, profile
+from testing.ptxrun.triton_kernels import MULTIPROCESSORS, Compiler, Run, compiler, pack, span
+from vllm_deepseek_v4flash.ops import dispatch
+from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda_experts
+from vllm_deepseek_v4flash.ops.packed_weight import Scheme
+from vllm_deepseek_v4flash.ops.torch import linear_fp32, merged_linear
+from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
+
+from . import layer as layers
+from .layer import LayerKind, Point
+
+MOST_BLOCKS, MOST_PREFILL_BLOCKS = 256, 24
+"""Of one launch that are executed; a prompt's do far more work each."""
+COMPLETE = ("_prepare", "_sort")
+"""Kernels that run whole: they write what later kernels do."""
+WHOLE = Schedule(check_every=0)
+# What PyTorch computes on a GPU by a launch; the other functions that it dispatches make views or allocate.
+_PRODUCTS = ("aten.mm", "aten.bmm", "aten.addmm")
+_LAUNCHES = (
+    *_PRODUCTS, "aten._to_copy", "aten.copy_", "aten.add", "aten.mul", "aten.cat", "aten.index", "aten.zero_",
+    "aten.zeros", "aten.fill_", "aten.arange", "aten.clone",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TorchLaunch:
+    """A kernel of PyTorch's."""
+
+    kernel: str
+    bytes: int
+    """Read and written."""
+    flops: int
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    bytes: int
+    """Of the tensor."""
+
+    kernel = "all-reduce"
+
+
+Launch = Profile | TorchLaunch | AllReduce
+
+
+@dataclass
+class Call:
+    """An op of `ops/`, or what a layer does between them ("between ops")."""
+
+    op: str
+    units: float = 0.0
+    """4-bit weights, pairs of a head and a key, or index entries that the op works on; 0 for other ops."""
+    launches: list[Launch] = field(default_factory=list)
+
+
+BETWEEN = "between ops"
+
+
+class Tracer:
+    """Traces steps of one rank of a machine; kernels that differ in nothing are executed once.
+
+    Args:
+        arch: the GPU's, 80 for sm_80.
+        ranks: of tensor parallelism.
+        scheme: how the weights are packed.
+    """
+
+    def __init__(self, arch: int, ranks: int, scheme: Scheme) -> None:
+        self.arch, self.ranks, self.scheme = arch, ranks, scheme
+        self.compiler: Compiler = compiler(arch)
+        self.profiles: dict[str, Profile] = {}
+        self.layers: dict[LayerKind, Any] = {}
+        self.calls: list[Call] = []
+        self.depth = 0
+        self.most_blocks = MOST_BLOCKS
+        self.cuda_runs: list[Run] = []
+
+    def trace(self, kind: LayerKind, point: Point) -> list[Call]:
+        """What a layer of this kind starts."""
+        torch.manual_seed(0)
+        self.calls = []
+        self.most_blocks = MOST_PREFILL_BLOCKS if point.prefill else MOST_BLOCKS
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(layers.rank_of(self.ranks, self._all_reduce))
+            # As on a GPU: our kernels, and PyTorch for what has none.
+            stack.enter_context(mock.patch.dict(dispatch.KERNELS, {"cpu": ("cuda", "triton")}))
+            stack.enter_context(dispatch.use("auto"))
+            if kind not in self.layers:
+                self.layers[kind] = layers.build(kind, self.scheme)
+            step = layers.step_through(self.layers[kind], point)
+            # A process allocates these once.
+            cuda_experts._counters(torch.device("cpu"), FLASH_CONFIG.hidden_size // cuda_kernels.DOWN_ROWS)
+            stack.enter_context(dispatch.wrap(self._wrap))
+            for module in (merged_linear, linear_fp32):
+                stack.enter_context(mock.patch.object(module, "multiply", self._multiply))
+            stack.enter_context(self._executed())
+            stack.enter_context(_Dispatched(self))
+            step()
+        return self.calls
+
+    def host_us(self, kind: LayerKind, point: Point, repetitions: int = 5) -> float:
+        """Microseconds of Python that a layer takes to start its launches without a CUDA graph, on this machine.
+
+        Nothing is executed. PyTorch's own launches cost what they cost on a CPU, and Triton's launcher nothing.
+        """
+
+        def nothing(*launch: Any) -> None:
+            pass
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(layers.rank_of(self.ranks, lambda x: x))
+            stack.enter_context(mock.patch.dict(dispatch.KERNELS, {"cpu": ("triton",)}))
+            stack.enter_context(dispatch.use("auto"))
+            step = layers.step_through(self.layers[kind], point)
+            for module in (merged_linear, linear_fp32):
+                stack.enter_context(mock.patch.object(module, "multiply", _product))
+            stack.enter_context(recorded(Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89), nothing))
+            step()
+            return min(timeit.repeat(step, number=1, repeat=repetitions)) * 1e6
+
+    def add(self, launch: Launch) -> None:
+        if not self.depth and (not self.calls or self.calls[-1].op != BETWEEN):
+            self.calls.append(Call(BETWEEN))
+        self.calls[-1].launches.append(launch)
+
+    def schedule(self, grid: tuple[int, int, int]) -> Schedule:
+        """Of a large grid, some blocks: evenly over its rows, which may differ in work, in another column each."""
+        columns, rows = grid[0], grid[1] * grid[2]
+        if columns * rows <= self.most_blocks:
+            return WHOLE
+        step = math.ceil(columns * rows / self.most_blocks) | 1
+        if 2 * rows >= self.most_blocks:
+            step = (columns + 1) * math.ceil(rows / self.most_blocks)
+        return Schedule(block_step=step, check_every=0)
+
+    def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(Call(name, self._units(name, kwargs, args)))
+            self.depth += 1
+            try:
+                result = function(*args, **kwargs)
+                while self.cuda_runs:
+                    self.add(profile(self.cuda_runs.pop(0)))
+            finally:
+                self.depth -= 1
+            with torch.utils._python_dispatch._disable_current_modes():
+                if name == "route":
+                    return _random_experts(*result)
+                if name == "indexer_topk":
+                    return _random_choice(result, kwargs["max_entries"])
+            return result
+
+        return call
+
+    def _units(self, name: str, options: dict[str, Any], arguments: tuple[Any, ...]) -> float:
+        """Ops are called with the arguments of their references in order, keywords by name."""
+        if name == "packed_experts":
+            _, w13, w2, *_, ids = arguments
+            per_expert = sum(2 * w["qweight"][0].numel() for w in (w13, w2))
+            return float(per_expert * ids.unique().numel())
+        if name == "packed_linear":
+            return float(2 * arguments[1]["qweight"].numel())
+        if name == "indexer_topk":
+            return float(len(arguments[0]) * options["max_entries"])
+        if name == "sparse_attention":
+            tokens, heads, _ = arguments[0].shape
+            keys = min(options["window_size"], int(arguments[2][-1]) + 1)
+            chosen = options["indices"]
+            return float(tokens * heads * (keys + (options["max_entries"] if chosen is None else chosen.shape[1])))
+        return 0.0
+
+    @contextlib.contextmanager
+    def _executed(self) -> Iterator[None]:
+        device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
+        with (
+            recorded(device, self._launch),
+            cuda_kernels.executed(self.arch, schedule=self.schedule) as self.cuda_runs,
+        ):
+            yield
+
+    def _launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not all(grid):
+            return
+        (x, y, z), name = (*grid, 1, 1)[:3], kernel.fn.__name__
+        with torch.utils._python_dispatch._disable_current_modes():
+            compiled, given = self.compiler.compile(kernel, args, options)
+            key = _key(compiled.ptx, (x, y, z), given)
+            if key not in self.profiles:
+                memory = [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
+                executable = compiled.executable
+                result = executable.launch(
+                    (x, y, z), pack(executable, given), compiled.shared, memory,
+                    WHOLE if name in COMPLETE else self.schedule((x, y, z)),
+                )  # fmt: skip
+                self.profiles[key] = profile(Run(name, (x, y, z), result, compiled.shared, compiled.ptx))
+        self.add(self.profiles[key])
+
+    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self.ranks > 1:
+            self.add(AllReduce(x.nbytes))
+        return x
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`ops/torch/merged_linear.multiply` as on a GPU: one product, whose values are not needed."""
+        rows, (n, k) = x.numel() // x.shape[-1], weight.shape
+        moved = x.nbytes + weight.nbytes + rows * n * dtype.itemsize
+        self.add(TorchLaunch("product", moved, 2 * rows * n * k))
+        return _product(x, weight, dtype)
+
+
+class _Dispatched(TorchDispatchMode):
+    """Records what PyTorch would launch, and fills new memory with random numbers."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func).rpartition(".")[0]
+        if name in ("aten.empty", "aten.new_empty", "aten.empty_like") and result.is_floating_point():
+            if result.numel():
+                _fill(result)
+        elif name in _LAUNCHES and isinstance(result, torch.Tensor):
+            tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+            flops = 2 * args[-2].numel() * args[-1].shape[-1] if name in _PRODUCTS else 0
+            self.tracer.add(TorchLaunch(name.removeprefix("aten."), sum(t.nbytes for t in tensors), flops))
+        return result
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for `x @ weight.T`."""
+    return torch.empty(*x.shape[:-1], len(weight), dtype=dtype)
+
+
+def _fill(tensor: torch.Tensor) -> None:
+    """Random numbers, repeated where there are many."""
+    flat = tensor.view(-1)
+    some = torch.randn(min(len(flat), 1 << 16), dtype=torch.float32).to(tensor.dtype)
+    for start in range(0, len(flat), len(some)):
+        part = flat[start : start + len(some)]
+        part.copy_(some[: len(part)])
+
+
+def _key(ptx: str, grid: tuple[int, int, int], given: list[Any]) -> str:
+    values = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in given]
+    return hashlib.sha256(repr((ptx, grid, values)).encode()).hexdigest()
+
+
+def _random_experts(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts, the shared one last where the router appends it."""
+    tokens, routed = len(ids), FLASH_CONFIG.num_experts_per_tok
+    drawn = torch.rand(tokens, FLASH_CONFIG.n_routed_experts).topk(routed).indices
+    ids = torch.full_like(ids, FLASH_CONFIG.n_routed_experts)
+    ids[:, :routed] = drawn
+    return torch.rand_like(weights), ids
+
+
+def _random_choice(indices: torch.Tensor, entries: int) -> torch.Tensor:
+    """Ascending entries, spread over all that the last token sees."""
+    topk = indices.shape[1]
+    spread = torch.arange(topk) * (entries // topk)
+    return spread.to(torch.int32).expand_as(indices).contiguous()
