@@ -129,14 +129,14 @@ def issued(result: Result, ptx: str) -> dict[str, float]:
     for instruction, stat in zip(kernel.instructions, result.stats, strict=True):
         if instruction.opcode.startswith("mov") or ".param" in instruction.opcode:
             continue  # ptxas drops nearly all of these
-        file, line = instruction.source or ("?", 0)
-        executed = ran[Path(file).name, line]
+        file, number = instruction.source or ("?", 0)
+        executed = ran[Path(file).name, number]
         executed[0] += stat.executed
         executed[1] += 1
     once = result.blocks * result.warps
     total: dict[str, float] = defaultdict(float)
     for line, units in assemble(ptx, kernel.name).lines.items():
-        executed, instructions = ran.get(line, (once, 1))
+        times, instructions = ran.get(line, (once, 1))
         for unit, count in units.items():
-            total[unit] += count * executed / max(instructions, 1)
+            total[unit] += count * times / max(instructions, 1)
     return dict(total)
