@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "temperature": (COMPLETIONS, completion(temperature=-1), "temperature must be non-negative"),
     "top_p": (COMPLETIONS, completion(top_p=0), "top_p must be in (0, 1]"),
     "n": (COMPLETIONS, completion(n=0), "n must be at least 1"),
-    "seed": (COMPLETIONS, completion(seed=2**70), "body.seed"),
+    "seed": (COMPLETIONS, completion(seed=2**70), "seed=1180591620717411303424: has more than 64 bits"),
     "logprobs": (COMPLETIONS, completion(logprobs=99), "max allowed: 20"),
     "an empty stop string": (COMPLETIONS, completion(stop=""), "stop cannot contain an empty string"),
     "min_tokens above max_tokens": (COMPLETIONS, completion(min_tokens=9), "min_tokens"),

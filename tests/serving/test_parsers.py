@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from testing.serving.messages import answer, call, tool, user
 from testing.serving.parsing import Reply, make_parser, make_request, ours, stock, streamed, tokenizer, whole
 from testing.serving.tokenizer import ids_of
-from vllm_deepseek_v4flash.serving.parsers import read_parameters
 
 STEPS = (1, 2, 3, 7, 10**6)
 TOOLS = [
@@ -189,12 +188,6 @@ def test_strings_are_streamed_as_they_come():
     text = calls(invoke("f", parameter("text", "a > b > c > d"))).split(" > d")[0]
     delta = parser.parse_delta(text, ids_of(text), request, prompt_token_ids=[0], finished=False)
     assert "".join(call.function.arguments or "" for call in delta.tool_calls).startswith('{"text": "a > b')
-
-
-def test_parameters_of_a_partial_invoke():
-    text = parameter("text", "x") + '<｜DSML｜parameter name="number" string="false">12'
-    assert read_parameters(text, partial=True) == [("text", True, "x")]
-    assert read_parameters(text, partial=False) == [("text", True, "x"), ("number", False, "12")]
 
 
 scalars = st.one_of(st.text(alphabet='ab5"\\ \n>é{', max_size=6), st.integers(), st.booleans(), st.none())
