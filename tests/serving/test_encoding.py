@@ -276,6 +276,12 @@ def test_a_prefix_is_continued():
     assert encode_chat([*messages[:1], answer("A", prefix=False)], HIGH) == encode_chat([user("U"), answer("A")], HIGH)
 
 
+def test_a_tool_reference_is_the_tools_name():
+    parts = [{"type": "tool_reference", "name": "f"}, {"type": "tool_reference", "name": "g"}]
+    messages = [user("U"), answer(None, tool_calls=[call("find", {}, "a")]), result(parts, "a")]
+    assert encode_chat(messages, NON_THINK).endswith(f"{USER}<tool_result>f\ng</tool_result>{ASSISTANT}</think>")
+
+
 def test_schemas_that_nest_too_deeply():
     schema: dict = {}
     for _ in range(2_000):

@@ -148,6 +148,9 @@ def _part(where: str, part: Any) -> str:
         return part
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
+    # /v1/messages, for Claude Code's search of tools: the result is the name of a tool.
+    if isinstance(part, Mapping) and part.get("type") == "tool_reference" and isinstance(part.get("name"), str):
+        return str(part["name"])
     kind = part.get("type") if isinstance(part, Mapping) else part
     raise ValueError(
         f'{where}.type={reprlib.repr(kind)}: this model reads text only. Send {{"type": "text", "text": ...}}.'
