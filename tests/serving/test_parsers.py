@@ -375,6 +375,21 @@ def test_stock_streams_arguments_that_are_no_json(text):
     assert valid(whole(stock(), text, TOOLS).calls[0][1])
 
 
+def test_stock_loses_a_body_without_parameters():
+    for body in ('{"text": "x"}', "ls -la"):
+        assert whole(stock(), "R</think>" + calls(invoke("f", body)), TOOLS).arguments == [{}]
+
+
+def test_stock_calls_half_a_name():
+    text = 'R</think><｜DSML｜tool_calls>\n<｜DSML｜invoke name="wri'
+    assert whole(stock(), text, TOOLS).calls == [("wri", "{}")]
+
+
+def test_stock_fails_on_deep_values():
+    with pytest.raises(RecursionError):
+        whole(stock(), one(parameter("thing", "[" * 5_000 + "]" * 5_000, "false")), TOOLS)
+
+
 def test_stock_trims_reasoning():
     assert whole(stock(), "R\n</think>A").reasoning == "R"
 
@@ -396,6 +411,12 @@ def test_both_drop_text_after_a_mention_of_the_block(parsers):
 @pytest.mark.parametrize("parsers", [stock, ours])
 def test_both_drop_calls_of_a_request_without_tools(parsers):
     assert whole(parsers(), one(parameter("text", "x"))) == Reply("R")
+
+
+@pytest.mark.parametrize("parsers", [stock, ours])
+def test_both_drop_a_call_without_an_invoke(parsers):
+    text = 'R</think><｜DSML｜tool_calls>\n{"name": "f", "arguments": {}}\n</｜DSML｜tool_calls>'
+    assert whole(parsers(), text, TOOLS) == Reply("R")
 
 
 @pytest.mark.parametrize("parsers", [stock, ours])

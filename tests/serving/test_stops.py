@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from testing.serving.messages import user
-from testing.serving.parsing import tokenizer
+from testing.serving.messages import tool, user
+from testing.serving.parsing import make_parser, make_request, ours, tokenizer
 from testing.serving.tokenizer import ids_of
 from vllm_deepseek_v4flash.integration.reasoning import stop_in_answers_only
 from vllm_deepseek_v4flash.integration.tool_calls import report_cut_calls
@@ -193,3 +193,37 @@ def test_the_finish_reason_of_a_call_that_is_ended_by(text, finish, stop, expect
     assert finish_reasons(Ours, (text, finish, stop)) == ([expected], [expected])
     both = finish_reasons(Ours, (text, finish, stop), (invoke("x"), "stop", None))
     assert both == ([expected, "tool_calls"], [expected, "tool_calls"])
+
+
+def finish_reason_of_vllms_server(stock, text, finish, stop):
+    """That of a reply which is not streamed, by vLLM's own code around the engine's output."""
+    from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    class Server(OpenAIServingChat):
+        def __init__(self):
+            self.parser_cls, self.enable_auto_tools, self.response_role = type(parser), True, "assistant"
+            self._include_reasoning_tokens_details = self.enable_prompt_tokens_details = False
+            self.enable_per_request_metrics = self.enable_log_outputs = False
+            self.system_fingerprint = self.request_logger = None
+
+    async def results():
+        output = CompletionOutput(0, text, ids_of(text), None, None, finish_reason=finish, stop_reason=stop)
+        yield RequestOutput("r", None, [0], None, [output], finished=True)
+
+    request = make_request([tool("f")])
+    parser = make_parser(ours(), request, thinking=False)
+    method = Server.chat_completion_full_generator
+    method = method.__wrapped__ if stock else method
+    metadata = RequestResponseMetadata(request_id="r")
+    reply = asyncio.run(method(Server(), request, results(), "r", "m", [], tokenizer(), metadata, parser=parser))
+    (choice,) = reply.choices
+    assert [call.function.name for call in choice.message.tool_calls] == ["f"]
+    return choice.finish_reason
+
+
+def test_stock_calls_a_cut_call_complete():
+    for _, text, finish, stop, expected in CUT:
+        assert finish_reason_of_vllms_server(False, text, finish, stop) == expected
+        assert finish_reason_of_vllms_server(True, text, finish, stop) == "tool_calls"
