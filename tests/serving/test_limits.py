@@ -5,6 +5,7 @@ The server has our middleware StrictRequests. `ACCEPTED` is what passes even so;
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -96,6 +97,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown parameters, chat": (CHAT, chat(guided_json={}, best=1), "best=1, guided_json={}: unknown to /v1/chat"),
     "best_of": (COMPLETIONS, completion(best_of=3), "best_of=3: unknown to"),
     "thinking that is neither": (CHAT, chat(thinking={"type": "auto"}), '{"type": "disabled"}'),
+    "a number of more than 64 bits": (COMPLETIONS, completion(top_k=2**70), "top_k=1180591620717411303424: has"),
+    "a budget of more than 64 bits": (CHAT, chat(thinking_token_budget=2**70), "thinking_token_budget=118059162"),
+    "deeply nested": (
+        CHAT, chat(kv_transfer_params=functools.reduce(lambda inner, _: {"a": inner}, range(600), {})),
+        "objects and arrays nest deeper than 144 levels"),
+    "deeply nested arguments": (
+        CHAT, chat(messages=[
+            *user("a"),
+            {"role": "assistant", "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 50_000}}]},
+        ]),
+        "messages[1].tool_calls[0].function.arguments="),
     "tool_choice without tools": (CHAT, chat(tool_choice="auto"), "tools"),
 }  # fmt: skip
 

@@ -365,15 +365,16 @@ def test_the_flow_of_tools_by_forced_choice(client, tokenizer):
 def test_what_ends_a_call(client, limits, reason, arguments, stream):
     body = {"tools": TOOLS, "extra_body": force(TWO_CALLS)} | limits
     request = {"model": Server.NAME, "messages": [user("U")], "temperature": 0.0} | body
-    assert [json.loads(text) for _, text in ask(client, [user("U")], stream=stream, **body)[2]] == arguments
     if stream:
         chunks = list(client.chat.completions.create(stream=True, **request))
         assert [one.finish_reason for chunk in chunks for one in chunk.choices if one.finish_reason] == [reason]
     else:
-        assert client.chat.completions.create(**request).choices[0].finish_reason == reason
+        *_, calls, response = ask(client, [user("U")], **body)
+        assert [json.loads(text) for _, text in calls] == arguments
+        assert response.choices[0].finish_reason == reason
 
 
-@pytest.mark.parametrize("tokens", [120, 200, 300])
+@pytest.mark.parametrize("tokens", [120, 200])
 def test_a_call_that_is_cut_off_by_the_limit(client, tokens):
     """Whichever place it is cut at, the arguments are a part of the call's, and the reason is the limit."""
     body: dict[str, Any] = {"tools": TOOLS, "extra_body": force(TWO_CALLS), "max_tokens": tokens}
