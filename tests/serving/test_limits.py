@@ -5,7 +5,6 @@ The server has our middleware StrictRequests. `ACCEPTED` is what passes even so;
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from testing.client import MAX_MODEL_LEN, REQUEST_TIMEOUT, Question
 from testing.server import Server
+from testing.serving.messages import nested
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOY_VOCABULARY = 264
@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a number of more than 64 bits": (COMPLETIONS, completion(top_k=2**70), "top_k=1180591620717411303424: has"),
     "a budget of more than 64 bits": (CHAT, chat(thinking_token_budget=2**70), "thinking_token_budget=118059162"),
     "deeply nested": (
-        CHAT, chat(kv_transfer_params=functools.reduce(lambda inner, _: {"a": inner}, range(600), {})),
+        CHAT, chat(kv_transfer_params=nested(600)),
         "objects and arrays nest deeper than 144 levels"),
     "deeply nested arguments": (
         CHAT, chat(messages=[

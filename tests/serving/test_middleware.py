@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI, HTTPException, Request
 
+from testing.serving.messages import nested
 from vllm_deepseek_v4flash.serving import middleware
 from vllm_deepseek_v4flash.serving.middleware import CHAT, COMPLETIONS, FailWithEngine, StrictRequests, normalize
 
@@ -77,10 +77,6 @@ def test_thinking_of_another_form(thinking):
 def test_unknown_parameters(path, body, names):
     with pytest.raises(ValueError, match=rf"^{names}: unknown to {path}\. Remove"):
         normalize(path, body)
-
-
-def nested(depth):
-    return functools.reduce(lambda inner, _: {"a": inner}, range(depth), {})
 
 
 @pytest.mark.parametrize(
@@ -205,13 +201,17 @@ def receive_of(chunks, then):
     return receive, incoming
 
 
+async def never(message):
+    raise AssertionError(message)
+
+
 async def messages_of(receive, count):
     seen = []
 
     async def app(scope, receive, send):
         seen.extend([await receive() for _ in range(count)])
 
-    await StrictRequests(app)({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, None)
+    await StrictRequests(app)({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, never)
     return seen
 
 

@@ -380,7 +380,7 @@ def test_a_call_that_is_cut_off_by_the_limit(client, tokens):
     body: dict[str, Any] = {"tools": TOOLS, "extra_body": force(TWO_CALLS), "max_tokens": tokens}
     _, _, calls, response = ask(client, [user("U")], **body)
     assert response.choices[0].finish_reason == "length"
-    whole = [{"a": 1, "b": 2}, {"text": '5 > 4 "x"'}]
+    whole: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"text": '5 > 4 "x"'}]
     for (_, text), full in zip(calls, whole, strict=False):
         found = json.loads(text)
         assert all(full[name] == value or str(full[name]).startswith(value) for name, value in found.items())

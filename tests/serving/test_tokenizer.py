@@ -330,8 +330,8 @@ def tokenize(renderer, messages, **request):
     """The ids that /tokenize counts."""
     from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
-    request = TokenizeChatRequest.model_validate({"messages": messages, "model": "m"} | request)
-    preprocessed = online(renderer).preprocess_chat(request, request.messages, None, "auto", {})
+    chat = TokenizeChatRequest.model_validate({"messages": messages, "model": "m"} | request)
+    preprocessed = online(renderer).preprocess_chat(chat, chat.messages, None, "auto", {})
     _, (engine_input,) = asyncio.run(preprocessed)
     return engine_input["prompt_token_ids"]
 

@@ -38,12 +38,14 @@ def is_continued(messages: Sequence[Any]) -> bool:
         ValueError: for a prefix that is no boolean, or of another role than the assistant's.
     """
     last = messages[-1] if messages else None
-    prefix = last.get("prefix") if isinstance(last, Mapping) else None
+    if not isinstance(last, Mapping):
+        return False
+    prefix, role = last.get("prefix"), last.get("role")
     if not isinstance(prefix, bool | None):
         raise ValueError(f"messages[-1].prefix={reprlib.repr(prefix)}: not a boolean. Use true or false.")
-    if prefix and last["role"] != "assistant":
+    if prefix and role != "assistant":
         raise ValueError(
-            f"messages[-1].prefix=True: the message is the {last['role']}'s, and only the assistant's can be "
+            f"messages[-1].prefix=True: the message is the {role}'s, and only the assistant's can be "
             f"continued. End with an assistant message, or leave the prefix out."
         )
     return bool(prefix)

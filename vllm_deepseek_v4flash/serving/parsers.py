@@ -78,13 +78,13 @@ class V4Parser(DeepSeekV4Parser):
             continued = bool(request.get("continue_final_message"))
             kwargs["chat_template_kwargs"] = {"thinking": mode.thinking and not continued}
         self._whole = False
-        self._readers = {}
+        self._readers: dict[int, ArgumentReader] = {}
         super().__init__(tokenizer, tools, **kwargs)
         self._engine._lexer = PiecewiseLexer(self._engine._lexer._shape)
 
     def _reset(self, initial_state: Any = None) -> None:
         super()._reset(initial_state)
-        self._readers: dict[int, ArgumentReader] = {}
+        self._readers = {}
 
     def _reader(self, index: int) -> ArgumentReader:
         if index not in self._readers:

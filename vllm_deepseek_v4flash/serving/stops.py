@@ -26,10 +26,14 @@ def thinks_first(tokenizer: Any, request: Any) -> bool:
 class AnswerDetokenizer(FastIncrementalDetokenizer):
     """vLLM's detokenizer, whose stop strings count from where the thinking ends: at `</think>` or at a tool call."""
 
+    output_text: str
+    stop: list[str]
+
     def __init__(self, tokenizer: Any, request: Any) -> None:
         super().__init__(tokenizer, request)
         # Without any, the base class does not look for them.
-        self._stops, self.stop = self.stop, []
+        self._stops = self.stop
+        self.stop = []
         terminals = parser_config(True).terminals
         self._ends = (terminals["THINK_END"], *terminals["TOOL_START"])
         self._answer: int | None = None  # where the answer starts in the text
