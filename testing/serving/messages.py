@@ -25,6 +25,14 @@ def result(text: Any, call_id: str | None = None) -> dict[str, Any]:
     return {"role": "tool", "content": text, "tool_call_id": call_id}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """Objects in objects: {"a": {"a": ... {}}}, `depth` levels around an empty one."""
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 def tool(name: str, description: str | None = None, **properties: Any) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}

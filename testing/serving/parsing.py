@@ -15,6 +15,8 @@ from tokenizers.decoders import DecodeStream
 from testing.serving.tokenizer import ids_of, reference, write_tokenizer
 
 EOS_ID = 1
+Parsers = tuple[Any, Any]
+"""A reasoning and a tool parser's class."""
 
 
 @dataclass
@@ -40,7 +42,7 @@ def tokenizer() -> Any:
         return AprilTokenizer.from_pretrained(str(write_tokenizer(Path(directory))))
 
 
-def stock() -> tuple[Any, Any]:
+def stock() -> Parsers:
     """vLLM's own reasoning and tool parser for V4."""
     from vllm.reasoning.deepseek_v4_engine_reasoning_parser import DeepSeekV4ParserReasoningAdapter
     from vllm.tool_parsers.deepseekv4_engine_tool_parser import DeepSeekV4EngineToolParser
@@ -48,7 +50,7 @@ def stock() -> tuple[Any, Any]:
     return DeepSeekV4ParserReasoningAdapter, DeepSeekV4EngineToolParser
 
 
-def ours() -> tuple[Any, Any]:
+def ours() -> Parsers:
     from vllm_deepseek_v4flash.serving.parsers import V4ReasoningParser, V4ToolParser
 
     return V4ReasoningParser, V4ToolParser
@@ -62,7 +64,7 @@ def make_request(tools: Sequence[Any], **fields: Any) -> Any:
     return ChatCompletionRequest(messages=[{"role": "user", "content": "U"}], model="m", **fields)
 
 
-def make_parser(parsers: tuple[Any, Any], request: Any, **chat_template_kwargs: Any) -> Any:
+def make_parser(parsers: Parsers, request: Any, **chat_template_kwargs: Any) -> Any:
     """The parser that `--reasoning-parser deepseek_v4 --tool-call-parser deepseek_v4` composes of the two."""
     from vllm.parser.abstract_parser import DelegatingParser
 
@@ -72,7 +74,7 @@ def make_parser(parsers: tuple[Any, Any], request: Any, **chat_template_kwargs: 
     return Composed(tokenizer(), request.tools, chat_template_kwargs=chat_template_kwargs)
 
 
-def whole(parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), **chat_template_kwargs: Any) -> Reply:
+def whole(parsers: Parsers, text: str, tools: Sequence[Any] = (), **chat_template_kwargs: Any) -> Reply:
     """The reply `text` parsed when it is complete."""
     request = make_request(tools)
     parser = make_parser(parsers, request, **chat_template_kwargs)
@@ -83,7 +85,7 @@ def whole(parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), **chat
 
 
 def streamed(
-    parsers: tuple[Any, Any], text: str, tools: Sequence[Any] = (), *, step: int = 1, **chat_template_kwargs: Any
+    parsers: Parsers, text: str, tools: Sequence[Any] = (), *, step: int = 1, **chat_template_kwargs: Any
 ) -> Reply:
     """The reply parsed while it arrives, `step` tokens at a time, and joined as a client joins it."""
     request = make_request(tools)

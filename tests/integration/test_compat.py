@@ -22,7 +22,17 @@ PACKAGE = Path(vllm_deepseek_v4flash.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT_VLLM = {"compat.py", "serving/compat.py"} | {
     f"integration/{name}.py"
-    for name in ("in_tree", "install", "quantization", "refusals", "registered_model", "serving", "workarounds")
+    for name in (
+        "in_tree",
+        "install",
+        "quantization",
+        "refusals",
+        "reasoning",
+        "registered_model",
+        "serving",
+        "tool_calls",
+        "workarounds",
+    )
 }
 # What `register` imports in every process, and so may import vLLM only when it runs.
 LIGHT = ("in_tree", "install", "refusals", "serving", "switch", "workarounds")
@@ -93,6 +103,14 @@ ATTRIBUTES = [
     ("vllm.tokenizers.registry", "TokenizerRegistry", ("tokenizers", "register")),
     ("vllm.renderers.registry", "RENDERER_REGISTRY", ("renderers", "register")),
     ("vllm.parser.engine.parser_engine_config", "ParserState", ("CONTENT",)),
+    ("vllm.parser.engine.parser_engine", "ParserEngine",
+     ("_accept_tool_name", "_emit_name_delta", "_ensure_tool_id", "_strip_content_whitespace",
+      "_build_extracted_result")),
+    ("vllm.parser.engine.incremental_lexer", "IncrementalLexer", ("_char_token_counts", "_drain")),
+    ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat",
+     ("chat_completion_full_generator", "chat_completion_stream_generator")),
+    ("vllm.v1.engine.detokenizer", "IncrementalDetokenizer", ("from_new_request",)),
+    ("vllm.sampling_params", "validate_thinking_token_budget", ("__call__",)),
     ("vllm.parser.engine.adapters", "ParserEngineReasoningAdapter", ("extract_reasoning",)),
     ("vllm.parser.engine.adapters", "ParserEngineToolAdapter", ("extract_tool_calls", "structural_tag_model")),
 ]  # fmt: skip
@@ -180,6 +198,8 @@ CALLS = [
     ("vllm.transformers_utils.repo_utils", "get_hf_file_bytes", 3, ()),
     ("vllm.parser.deepseek_v4", "deepseek_v4_config", 1, ()),
     ("vllm.tool_parsers.utils", "find_tool_properties", 2, ()),
+    ("vllm.v1.engine.detokenizer", "check_stop_strings", 4, ()),
+    ("vllm.v1.engine.detokenizer", "uses_fast_detokenizer", 1, ()),
     ("vllm.tool_parsers.utils", "extract_types_from_schema", 1, ()),
     ("vllm.tool_parsers.utils", "coerce_to_schema_type", 2, ()),
 ]  # fmt: skip
@@ -223,8 +243,14 @@ OVERRIDES = [
     ("layers.methods", "PlainLinearMethod", "LinearMethodBase",
      ("create_weights", "apply", "process_weights_after_loading")),
     ("layers.methods", "MergedLinearMethod", "LinearMethodBase", ("apply",)),
-    ("serving.parsers", "V4Parser", "DeepSeekV4Parser", ("__init__", "_convert_args", "parser_config")),
-    ("serving.parsers", "V4Parser", "ParserEngine", ("_fix_arg_types",)),
+    ("serving.parsers", "V4Parser", "DeepSeekV4Parser", ("__init__", "parser_config")),
+    ("serving.parsers", "V4Parser", "ParserEngine",
+     ("_reset", "_handle_arg_chunk", "_handle_tool_end", "_single_pass_parse")),
+    ("serving.parsers", "PiecewiseLexer", "IncrementalLexer", ("feed",)),
+    ("serving.parsers", "V4ReasoningParser", "ParserEngineReasoningAdapter",
+     ("is_reasoning_end", "extract_reasoning", "count_reasoning_tokens")),
+    ("serving.renderer", "V4Renderer", "DeepseekV4Renderer", ("render_messages", "render_messages_async")),
+    ("serving.stops", "AnswerDetokenizer", "FastIncrementalDetokenizer", ("__init__", "update")),
     ("integration.quantization", "DeepseekV4QuantConfig", "QuantizationConfig",
      ("get_name", "get_supported_act_dtypes", "get_min_capability", "get_config_filenames", "from_config",
       "override_quantization_method", "maybe_update_config", "get_quant_method")),

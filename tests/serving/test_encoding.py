@@ -241,13 +241,55 @@ def test_continuing_the_last_message(add_generation_prompt):
             r"messages\[0\].task='action': not part of a message in this API\. Remove it",
         ),
         ([system("S") | {"tools": TOOLS}], r"messages\[0\].tools=.*: not part of .*\. Set the request's tools"),
-        ([user("U"), answer("A")], r"messages\[-1\].role='assistant': there is nothing to answer"),
+        ([user("U"), answer("A", prefix="yes")], r"messages\[-1\].prefix='yes': not a boolean"),
+        ([user("U") | {"prefix": True}], r"messages\[-1\].prefix=True: the message is the user's"),
+        (
+            [user("U"), answer(None, tool_calls=[call("f", "[" * 50_000)])],
+            r"tool_calls\[0\].function.arguments='\[+\.+\[+': too deep \(objects and arrays nest deeper than 128",
+        ),
     ],
 )
 def test_bad_messages(messages, message):
     with pytest.raises(ValueError, match=message) as refusal:
         encode_chat(messages, HIGH)
     assert re.fullmatch(r"messages[^=]*=.+: .+\. [A-Z].+\.", str(refusal.value), re.DOTALL)  # what, why, what to do
+
+
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_an_assistants_last_message_opens_a_new_answer(effort):
+    """As a Jinja template does; clients such as opencode end a conversation with one."""
+    opened = "<｜Assistant｜>" + ("</think>" if effort == "none" else "<think>")
+    messages = [user("U"), answer("A", reasoning="R")]
+    closed = encode_chat(messages, MODES[JULY][effort], add_generation_prompt=False)
+    assert encode_chat(messages, MODES[JULY][effort]) == closed + opened
+    assert closed.endswith("A<｜end▁of▁sentence｜>")
+
+
+def test_a_prefix_is_continued():
+    """DeepSeek's way to say continue_final_message; in an earlier message it means nothing."""
+    messages = [user("U"), answer("A", reasoning="R")]
+    continued = encode_chat(messages, HIGH, continue_final_message=True)
+    assert encode_chat([user("U"), answer("A", reasoning="R", prefix=True)], HIGH) == continued
+    assert continued.endswith("</think>A")
+    earlier = encode_chat([user("U"), answer("A", prefix=True), user("V")], HIGH)
+    assert earlier == encode_chat([user("U"), answer("A"), user("V")], HIGH)
+    assert encode_chat([*messages[:1], answer("A", prefix=False)], HIGH) == encode_chat([user("U"), answer("A")], HIGH)
+
+
+def test_a_tool_reference_is_the_tools_name():
+    parts = [{"type": "tool_reference", "name": "f"}, {"type": "tool_reference", "name": "g"}]
+    messages = [user("U"), answer(None, tool_calls=[call("find", {}, "a")]), result(parts, "a")]
+    assert encode_chat(messages, NON_THINK).endswith(f"{USER}<tool_result>f\ng</tool_result>{ASSISTANT}</think>")
+
+
+def test_schemas_that_nest_too_deeply():
+    schema: dict = {}
+    for _ in range(2_000):
+        schema = {"items": schema}
+    with pytest.raises(ValueError, match=r"^tools\[\]=.+: objects and arrays nest deeper than 128 levels\. Use"):
+        encode_chat([user("U")], HIGH, tools=[{"name": "f", "parameters": schema}])
+    with pytest.raises(ValueError, match=r"^response_format=.+: objects and arrays nest deeper than 128 levels\. Use"):
+        encode_chat([user("U")], HIGH, response_format=schema)
 
 
 def test_nothing_to_continue():

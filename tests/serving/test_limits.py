@@ -14,6 +14,7 @@ import pytest
 
 from testing.client import MAX_MODEL_LEN, REQUEST_TIMEOUT, Question
 from testing.server import Server
+from testing.serving.messages import nested
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOY_VOCABULARY = 264
@@ -66,7 +67,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "temperature": (COMPLETIONS, completion(temperature=-1), "temperature must be non-negative"),
     "top_p": (COMPLETIONS, completion(top_p=0), "top_p must be in (0, 1]"),
     "n": (COMPLETIONS, completion(n=0), "n must be at least 1"),
-    "seed": (COMPLETIONS, completion(seed=2**70), "body.seed"),
+    "seed": (COMPLETIONS, completion(seed=2**70), "seed=1180591620717411303424: has more than 64 bits"),
     "logprobs": (COMPLETIONS, completion(logprobs=99), "max allowed: 20"),
     "an empty stop string": (COMPLETIONS, completion(stop=""), "stop cannot contain an empty string"),
     "min_tokens above max_tokens": (COMPLETIONS, completion(min_tokens=9), "min_tokens"),
@@ -96,6 +97,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown parameters, chat": (CHAT, chat(guided_json={}, best=1), "best=1, guided_json={}: unknown to /v1/chat"),
     "best_of": (COMPLETIONS, completion(best_of=3), "best_of=3: unknown to"),
     "thinking that is neither": (CHAT, chat(thinking={"type": "auto"}), '{"type": "disabled"}'),
+    "a number of more than 64 bits": (COMPLETIONS, completion(top_k=2**70), "top_k=1180591620717411303424: has"),
+    "a budget of more than 64 bits": (CHAT, chat(thinking_token_budget=2**70), "thinking_token_budget=118059162"),
+    "deeply nested": (
+        CHAT, chat(kv_transfer_params=nested(600)),
+        "objects and arrays nest deeper than 144 levels"),
+    "deeply nested arguments": (
+        CHAT, chat(messages=[
+            *user("a"),
+            {"role": "assistant", "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 50_000}}]},
+        ]),
+        "messages[1].tool_calls[0].function.arguments="),
     "tool_choice without tools": (CHAT, chat(tool_choice="auto"), "tools"),
 }  # fmt: skip
 

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from testing.serving.messages import answer, call, tool, user
 from testing.serving.parsing import Reply, make_parser, make_request, ours, stock, streamed, tokenizer, whole
 from testing.serving.tokenizer import ids_of
-from vllm_deepseek_v4flash.serving.parsers import read_parameters
+from vllm_deepseek_v4flash.serving import parsers as parsing_module
+from vllm_deepseek_v4flash.serving.arguments import ArgumentReader
+from vllm_deepseek_v4flash.serving.parsers import PiecewiseLexer
 
 STEPS = (1, 2, 3, 7, 10**6)
 TOOLS = [
@@ -158,7 +160,23 @@ def test_the_rest_of_a_continued_answer_is_content():
             one(parameter("input", '{"text": "x"}', "false")), "", [("f", {"text": "x"})], id="wrapped-json"
         ),
         pytest.param(one(parameter("input", "x")), "", [("f", {"input": "x"})], id="not-a-wrapper"),
+        pytest.param(
+            "R</think>" + calls(invoke("f", '{"text": "/a", "number": 3}\n')), "",
+            [("f", {"text": "/a", "number": 3})], id="json-body",
+        ),
+        pytest.param(
+            "R</think>" + calls(invoke("f", '{"arguments": {"text": "/a"}}\n')), "", [("f", {"text": "/a"})],
+            id="wrapped-json-body",
+        ),
+        pytest.param(
+            one(parameter("thing", "[" * 5_000 + "]" * 5_000, "false")), "",
+            [("f", {"thing": "[" * 5_000 + "]" * 5_000})], id="nested-too-deeply",
+        ),
         # cut off by max_tokens
+        pytest.param(
+            one(parameter("text", "x"), parameter("number", "1234", "false")).split("34")[0], "",
+            [("f", {"text": "x"})], id="cut-off-in-a-number",
+        ),
         pytest.param(
             one(parameter("text", "abc")).split("c</")[0],
             "", [("f", {"text": "ab"})], id="cut-off-in-a-string",
@@ -181,20 +199,77 @@ def test_calls_without_thinking():
     assert reply == Reply("", "Looking.\n\n", [("f", '{"text": "x"}')])
 
 
-def test_strings_are_streamed_as_they_come():
-    """Long arguments, a file's content for one, must not wait for their end."""
+@pytest.mark.parametrize("parsers", [stock, ours])
+def test_strings_are_streamed_as_they_come(parsers):
+    """A file's content, for one: every token of a text without a tag comes with the next delta."""
     request = make_request(TOOLS)
-    parser = make_parser(ours(), request, thinking=False)
-    # The first part of the reply, up to the middle of the string.
-    text = calls(invoke("f", parameter("text", "a > b > c > d"))).split(" > d")[0]
-    delta = parser.parse_delta(text, ids_of(text), request, prompt_token_ids=[0], finished=False)
-    assert "".join(call.function.arguments or "" for call in delta.tool_calls).startswith('{"text": "a > b')
+    parser = make_parser(parsers(), request, thinking=False)
+    head = calls(invoke("f", parameter("text", ""))).split("</｜DSML｜parameter")[0]
+    parser.parse_delta(head, ids_of(head), request, prompt_token_ids=[0], finished=False)
+    sent = []
+    for word in ["The", " quick", " brown", " fox"] * 25:
+        delta = parser.parse_delta(word, ids_of(word), request, finished=False)
+        sent.append("".join(call.function.arguments or "" for call in delta.tool_calls) if delta else "")
+    assert sent == (["The", " quick", " brown", " fox"] * 25 if parsers is ours else [""] * 100)
 
 
-def test_parameters_of_a_partial_invoke():
-    text = parameter("text", "x") + '<｜DSML｜parameter name="number" string="false">12'
-    assert read_parameters(text, partial=True) == [("text", True, "x")]
-    assert read_parameters(text, partial=False) == [("text", True, "x"), ("number", False, "12")]
+@pytest.mark.parametrize("text", ["", "f", 'f"', 'f">'])
+def test_a_call_that_is_cut_off_before_its_arguments_is_left_out(text):
+    """Its name may be the beginning of another tool's."""
+    before = "R</think>A" + calls(invoke("g")).removesuffix("</｜DSML｜tool_calls>")
+    assert every_way(ours(), before + f'<｜DSML｜invoke name="{text}') == Reply("R", "A\n\n", [("g", "{}")])
+    assert every_way(ours(), f'R</think>A<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{text}') == Reply("R", "A")
+
+
+def test_two_calls_with_the_same_text_of_different_tools():
+    """Each has the types of its own tool."""
+    tools = [tool("f", x={"type": "string"}), tool("g", x={"type": "integer"})]
+    text = "R</think>" + calls(*(invoke(name, parameter("x", "5")) for name in "fg"))
+    assert whole(ours(), text, tools).arguments == streamed(ours(), text, tools).arguments == [{"x": "5"}, {"x": 5}]
+
+
+# ---- linear time
+
+LONG = {
+    "a string": lambda length: one(parameter("text", "ab <c> " * (length // 7))),
+    "an answer": lambda length: "R</think>" + "<d> " * (length // 4),
+    "the thinking": lambda length: "<d> " * (length // 4) + "</think>A",
+    "many calls": lambda length: "R</think>" + calls(*[invoke("f", parameter("text", "v"))] * (length // 100)),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("step", [None, 4])
+def test_the_work_grows_with_the_length(name, step):
+    """Twice the text, twice the characters that the lexer holds when it looks for a tag, and that are read of calls.
+
+    Up to a piece's worth. vLLM's own lexer holds all of a whole text at every tag, and its parser converts all of a
+    call's text with every delta.
+    """
+
+    def work(length):
+        held = 0
+
+        class Reader(ArgumentReader):
+            def read(self, text):
+                nonlocal held
+                held += len(text)
+                return super().read(text)
+
+        class Counting(PiecewiseLexer):
+            def _find_content_boundary(self):
+                nonlocal held
+                held += len(self.buffer)
+                return super()._find_content_boundary()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parsing_module, "PiecewiseLexer", Counting)
+            patch.setattr(parsing_module, "ArgumentReader", Reader)
+            text = LONG[name](length)
+            _ = whole(ours(), text, TOOLS) if step is None else streamed(ours(), text, TOOLS, step=step)
+        return held
+
+    assert 0 < work(8_000) < 2.1 * work(4_000)
 
 
 scalars = st.one_of(st.text(alphabet='ab5"\\ \n>é{', max_size=6), st.integers(), st.booleans(), st.none())
@@ -300,6 +375,21 @@ def test_stock_streams_arguments_that_are_no_json(text):
     assert valid(whole(stock(), text, TOOLS).calls[0][1])
 
 
+def test_stock_loses_a_body_without_parameters():
+    for body in ('{"text": "x"}', "ls -la"):
+        assert whole(stock(), "R</think>" + calls(invoke("f", body)), TOOLS).arguments == [{}]
+
+
+def test_stock_calls_half_a_name():
+    text = 'R</think><｜DSML｜tool_calls>\n<｜DSML｜invoke name="wri'
+    assert whole(stock(), text, TOOLS).calls == [("wri", "{}")]
+
+
+def test_stock_fails_on_deep_values():
+    with pytest.raises(RecursionError):
+        whole(stock(), one(parameter("thing", "[" * 5_000 + "]" * 5_000, "false")), TOOLS)
+
+
 def test_stock_trims_reasoning():
     assert whole(stock(), "R\n</think>A").reasoning == "R"
 
@@ -321,6 +411,12 @@ def test_both_drop_text_after_a_mention_of_the_block(parsers):
 @pytest.mark.parametrize("parsers", [stock, ours])
 def test_both_drop_calls_of_a_request_without_tools(parsers):
     assert whole(parsers(), one(parameter("text", "x"))) == Reply("R")
+
+
+@pytest.mark.parametrize("parsers", [stock, ours])
+def test_both_drop_a_call_without_an_invoke(parsers):
+    text = 'R</think><｜DSML｜tool_calls>\n{"name": "f", "arguments": {}}\n</｜DSML｜tool_calls>'
+    assert whole(parsers(), text, TOOLS) == Reply("R")
 
 
 @pytest.mark.parametrize("parsers", [stock, ours])

@@ -162,6 +162,33 @@ def test_a_continued_answer(client, question, tokenizer, stream):
     assert found[-1].prompt_token_ids == tokenizer.apply_chat_template(messages, **body)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_last_message_of_the_assistant(client, question, tokenizer, stream):
+    """It opens a new answer; with DeepSeek's prefix it is continued."""
+    reasoning, content, *_ = ask(client, [user(question["question"])])
+    half = len(content) // 2
+    messages = [user(question["question"]), answer(content[:half], reasoning=reasoning)]
+    opened = ask(client, messages, stream=stream)
+    assert opened[0]
+    assert opened[-1].prompt_token_ids == tokenizer.apply_chat_template(messages)
+    messages[-1]["prefix"] = True
+    continued = ask(client, messages, stream=stream)
+    assert continued[:3] == ("", content[half:], [])
+    assert continued[-1].prompt_token_ids == tokenizer.apply_chat_template(messages)
+    if not stream:
+        assert continued[-1].usage.completion_tokens_details.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_stops_the_answer_only(client, question, stream):
+    reasoning, content, *_ = ask(client, [user(question["question"])])
+    body = {"stop": [reasoning[1:3]], "stream": stream}
+    assert reasoning[1:3] not in content
+    assert ask(client, [user(question["question"])], **body)[:2] == (reasoning, content)
+    cut = ask(client, [user(question["question"])], stop=[content[1:]], stream=stream)
+    assert cut[:2] == (reasoning, content[:1])
+
+
 # ---- the other APIs
 
 
@@ -246,7 +273,10 @@ def test_anthropics_api_streamed(client, question):
         ({"messages": []}, ("messages=[]",)),
         ({"messages": [{"role": "robot", "content": "x"}]}, ("robot", "assistant")),
         ({"messages": [user("U"), result("x", "a")]}, ("messages[1]", "no call precedes")),
-        ({"messages": [user("U"), answer("A")]}, ("nothing to answer", "continue_final_message")),
+        (
+            {"messages": [user("U"), answer(None, tool_calls=[call("f", "[" * 50_000, "a")]), result("x", "a")]},
+            ("messages[1].tool_calls[0]", "too deep"),
+        ),
         (
             {"messages": [user([{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}])]},
             ("multimodal",),
@@ -316,6 +346,45 @@ def test_the_flow_of_tools_by_forced_choice(client, tokenizer):
     # As text: a grammar that allows a text allows any tokens for it, and the toy spells the marker byte by byte.
     written = tokenizer.decode(response.prompt_token_ids + response.choices[0].token_ids)
     assert tokenizer.decode(following.prompt_token_ids).startswith(written)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "arguments"),
+    [
+        ({"max_tokens": 400}, "tool_calls", [{"a": 1, "b": 2}, {"text": '5 > 4 "x"'}]),
+        (
+            {"max_tokens": 400, "stop": ["</｜DSML｜tool_calls>"]},
+            "tool_calls",
+            [{"a": 1, "b": 2}, {"text": '5 > 4 "x"'}],
+        ),
+        ({"max_tokens": 400, "stop": [" > 4"]}, "stop", [{"a": 1, "b": 2}, {"text": "5"}]),
+        ({"max_tokens": 400, "stop": ["2</"]}, "stop", [{"a": 1}]),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_ends_a_call(client, limits, reason, arguments, stream):
+    body = {"tools": TOOLS, "extra_body": force(TWO_CALLS)} | limits
+    request = {"model": Server.NAME, "messages": [user("U")], "temperature": 0.0} | body
+    if stream:
+        chunks = list(client.chat.completions.create(stream=True, **request))
+        assert [one.finish_reason for chunk in chunks for one in chunk.choices if one.finish_reason] == [reason]
+    else:
+        *_, calls, response = ask(client, [user("U")], **body)
+        assert [json.loads(text) for _, text in calls] == arguments
+        assert response.choices[0].finish_reason == reason
+
+
+@pytest.mark.parametrize("tokens", [120, 200])
+def test_a_call_that_is_cut_off_by_the_limit(client, tokens):
+    """Whichever place it is cut at, the arguments are a part of the call's, and the reason is the limit."""
+    body: dict[str, Any] = {"tools": TOOLS, "extra_body": force(TWO_CALLS), "max_tokens": tokens}
+    _, _, calls, response = ask(client, [user("U")], **body)
+    assert response.choices[0].finish_reason == "length"
+    whole: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"text": '5 > 4 "x"'}]
+    for (_, text), full in zip(calls, whole, strict=False):
+        found = json.loads(text)
+        assert all(full[name] == value or str(full[name]).startswith(value) for name, value in found.items())
+    assert ask(client, [user("U")], stream=True, **body)[2] == calls
 
 
 NAMED = {"type": "function", "function": {"name": "add"}}

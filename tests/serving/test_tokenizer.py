@@ -94,6 +94,20 @@ def test_a_chosen_mode_is_kept(directories, mode):
     assert engine_config(directories[JULY], tokenizer_mode=mode).model_config.tokenizer_mode == mode
 
 
+@pytest.mark.usefixtures("configs")
+def test_a_thinking_budget_may_be_larger_than_any_context():
+    """vLLM sends it to its engine as it is, which takes 64 bits, and 32 on a GPU."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    budgets = [
+        SamplingParams(thinking_token_budget=budget).thinking_token_budget for budget in (7, 2**31 - 1, 2**31, 2**70)
+    ]
+    assert budgets == [7, 2**31 - 1, None, None]
+    with pytest.raises(VLLMValidationError, match="thinking_token_budget"):
+        SamplingParams(thinking_token_budget=-2)
+
+
 def test_a_thinking_budget_needs_no_flag(configs, directories):
     """vLLM refuses a request's budget where this is not set."""
     ours = configs[APRIL].reasoning_config
@@ -304,9 +318,47 @@ def test_the_parts_of_a_tools_result_are_joined_as_vllm_joins_them(renderers, to
     assert render(renderers[APRIL], messages, TOOLS) == expected
 
 
+def test_deepseeks_prefix_is_continued(renderers, tokenizers):
+    """And without it an assistant's last message is followed by a new answer."""
+    for last in (answer("A", reasoning="R", prefix=True), answer("A", reasoning="R")):
+        messages = [user("U"), last]
+        expected = tokenizers[APRIL].apply_chat_template(messages)
+        assert render(renderers[APRIL], messages) == tokenize(renderers[APRIL], messages) == expected
+
+
+def tokenize(renderer, messages, **request):
+    """The ids that /tokenize counts."""
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+
+    chat = TokenizeChatRequest.model_validate({"messages": messages, "model": "m"} | request)
+    preprocessed = online(renderer).preprocess_chat(chat, chat.messages, None, "auto", {})
+    _, (engine_input,) = asyncio.run(preprocessed)
+    return engine_input["prompt_token_ids"]
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_tokenize_counts_what_a_chat_gets(renderers, key):
+    messages, switches = [user("U"), answer("A", **{key: "R"}), user("V")], {"drop_thinking": False}
+    expected = render(renderers[APRIL], messages, chat_template_kwargs=switches)
+    assert ids_of("R")[0] in expected
+    assert tokenize(renderers[APRIL], messages, chat_template_kwargs=switches) == expected
+
+
+def test_tokenize_knows_no_effort_but_that_of_the_template(renderers):
+    """docs/serving.md says so: vLLM's request has no such field."""
+    chat = render(renderers[APRIL], [user("U")], reasoning_effort="none")
+    assert tokenize(renderers[APRIL], [user("U")], reasoning_effort="none") != chat
+    assert tokenize(renderers[APRIL], [user("U")], chat_template_kwargs={"reasoning_effort": "none"}) == chat
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
+        (
+            {"messages": [user("U"), answer(None, tool_calls=[call("f", "[" * 50_000, "a")])]},
+            r"tool_calls\[0\].function.arguments=.+: too deep",
+        ),
+        ({"messages": [user("U"), answer("A", prefix="yes")]}, "prefix='yes': not a boolean"),
         ({"chat_template_kwargs": {"thinking": "no"}}, "thinking='no': "),
         ({"chat_template_kwargs": {"reasoning_effort": "extreme"}}, "reasoning_effort='extreme': "),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role='robot': "),

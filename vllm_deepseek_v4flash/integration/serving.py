@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..log import logger_name
 from ..serving.generation import detect_generation
 from ..serving.modes import Generation
+from .workarounds import accept_any_thinking_budget
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -40,10 +41,13 @@ def register() -> None:
         if mode not in TokenizerRegistry.tokenizers:
             TokenizerRegistry.register(mode, *tokenizer)
         if mode not in RENDERER_REGISTRY.renderers:
-            # vLLM's renderer takes the prompt from the tokenizer.
-            RENDERER_REGISTRY.register(mode, *RENDERER_REGISTRY.renderers[VLLM_MODE])
-    for manager, name in ((ReasoningParserManager, "V4ReasoningParser"), (ToolParserManager, "V4ToolParser")):
-        manager.register_lazy_module(PARSER, f"{_PACKAGE}.parsers", name)
+            renderer = (
+                (f"{_PACKAGE}.renderer", "V4Renderer") if mode in MODES else RENDERER_REGISTRY.renderers[VLLM_MODE]
+            )
+            RENDERER_REGISTRY.register(mode, *renderer)
+    # These modules also install what belongs to the parser, in the processes that load it.
+    ReasoningParserManager.register_lazy_module(PARSER, f"{__package__}.reasoning", "V4ReasoningParser")
+    ToolParserManager.register_lazy_module(PARSER, f"{__package__}.tool_calls", "V4ToolParser")
     _registered = True
 
 
@@ -75,6 +79,7 @@ def select_tokenizer_mode(model_config: ModelConfig) -> None:
 
 def enable_thinking_budget(vllm_config: VllmConfig) -> None:
     """Let requests set `thinking_token_budget` without a flag, by telling vLLM which tokens open and close thinking."""
+    accept_any_thinking_budget()
     if vllm_config.reasoning_config is not None or vllm_config.model_config.tokenizer_mode not in MODES:
         return
     if vllm_config.model_config.skip_tokenizer_init:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -86,6 +87,27 @@ def keep_paged_cache_on_cpu(model_config: ModelConfig) -> None:
     if getattr(model_config, "use_mla", False):
         logger.warning("vLLM's ModelConfig.use_mla no longer follows model_arch_config.is_deepseek_mla.")
         disable_mla_on_cpu()
+
+
+def accept_any_thinking_budget() -> None:
+    """Treat a `thinking_token_budget` above 32 bits as no budget, which is what it means in any context. Idempotent.
+
+    vLLM 0.32 and 0.33 accept any integer: above 64 bits the request gets an HTTP 500, and above 32 bits the V2 model
+    runner cannot store it. Can go once SamplingParams refuses such a budget.
+    """
+    from vllm import sampling_params
+
+    original = sampling_params.validate_thinking_token_budget
+    if hasattr(original, "accepts_any_budget"):
+        return
+
+    @functools.wraps(original)
+    def validate(value: int | float | bool | None) -> int | None:
+        budget = original(value)
+        return None if budget is None or budget >= 2**31 else budget
+
+    validate.accepts_any_budget = True  # type: ignore[attr-defined]
+    sampling_params.validate_thinking_token_budget = validate
 
 
 def disable_mla_on_cpu() -> None:

@@ -9,11 +9,13 @@ with the weights (`encoding/` in the repositories); the two generations differ o
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .messages import Turn, read_messages
+from .messages import Turn, is_continued, read_messages
 from .modes import Mode
+from .nesting import TooDeepError, check_nesting
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -77,23 +79,20 @@ def encode_chat(
         response_format: a JSON schema to show to the model, after the system text.
         drop_thinking: leave out the reasoning of turns before the last user turn. With tools it is always kept, because
             the model continues its reasoning across calls.
-        add_generation_prompt: end with the token that opens the answer.
-        continue_final_message: leave the last message, an assistant's, open so that the model continues it.
+        add_generation_prompt: end with the token that opens the answer, also after an assistant's message.
+        continue_final_message: leave the last message, an assistant's, open so that the model continues it; the same
+            as DeepSeek's `"prefix": true` in that message.
 
     Raises:
         ValueError: naming what is wrong with the messages or the tools, and the fix.
     """
     turns = read_messages(messages)
+    continue_final_message = continue_final_message or is_continued(messages)
     last_is_assistant = turns[-1].role == "assistant"
     if continue_final_message and not last_is_assistant:
         raise ValueError(
             f"continue_final_message=True: the last message is the {turns[-1].role}'s, and only the assistant's can be "
             f"continued. End with an assistant message, or leave continue_final_message out."
-        )
-    if last_is_assistant and add_generation_prompt and not continue_final_message:
-        raise ValueError(
-            "messages[-1].role='assistant': there is nothing to answer. End with a user or tool message, or set "
-            "continue_final_message (with add_generation_prompt false) to have the message continued."
         )
     _attach_to_system(turns, tools, response_format)
     keep_thinking = mode.thinking and (not drop_thinking or bool(tools))
@@ -106,6 +105,8 @@ def encode_chat(
         if turn.role == "assistant":
             text += _answer(turn, thinks)
             text += "" if continue_final_message and following is None else EOS
+            if following is None and add_generation_prompt and not continue_final_message:
+                text += ASSISTANT + (THINK if mode.thinking else END_THINK)
             continue
         text += {"user": USER, "latest_reminder": LATEST_REMINDER}.get(turn.role, "") + turn.text
         if _is_answered(turn.role, following, add_generation_prompt):
@@ -132,9 +133,18 @@ def _attach_to_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | No
         system = Turn("system", "")
         turns.insert(0, system)
     if tools:
-        system.text += "\n\n" + _TOOLS % "\n".join(_json(_function(tool)) for tool in tools)
+        system.text += "\n\n" + _TOOLS % "\n".join(_checked("tools[]", _function(tool)) for tool in tools)
     if response_format is not None:
-        system.text += "\n\n" + _RESPONSE_FORMAT % _json(response_format)
+        system.text += "\n\n" + _RESPONSE_FORMAT % _checked("response_format", response_format)
+
+
+def _checked(where: str, value: Any) -> str:
+    """The JSON of what a request shows to the model."""
+    try:
+        check_nesting(value)
+    except TooDeepError as error:
+        raise ValueError(f"{where}={reprlib.repr(value)}: {error}. Use a flatter schema.") from error
+    return _json(value)
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +155,8 @@ def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f'tools[]={tool!r}: has no function with a name. Send {{"type": "function", "function": {{"name": ...}}}}.'
+            f"tools[]={reprlib.repr(tool)}: has no function with a name. "
+            f'Send {{"type": "function", "function": {{"name": ...}}}}.'
         )
     return {name: function[name] for name in _FUNCTION_FIELDS if function.get(name) is not None}
 

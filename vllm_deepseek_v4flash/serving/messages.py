@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .nesting import TooDeepError, check_nesting, load_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 
@@ -27,6 +29,44 @@ class Turn:
     text: str
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
+
+
+def is_continued(messages: Sequence[Any]) -> bool:
+    """Whether the last message has the `"prefix": true` of DeepSeek's API: the model then continues it.
+
+    Raises:
+        ValueError: for a prefix that is no boolean, or of another role than the assistant's.
+    """
+    last = messages[-1] if messages else None
+    if not isinstance(last, Mapping):
+        return False
+    prefix, role = last.get("prefix"), last.get("role")
+    if not isinstance(prefix, bool | None):
+        raise ValueError(f"messages[-1].prefix={reprlib.repr(prefix)}: not a boolean. Use true or false.")
+    if prefix and role != "assistant":
+        raise ValueError(
+            f"messages[-1].prefix=True: the message is the {role}'s, and only the assistant's can be "
+            f"continued. End with an assistant message, or leave the prefix out."
+        )
+    return bool(prefix)
+
+
+def check_arguments(messages: Sequence[Any]) -> None:
+    """Refuse calls whose arguments nest too deeply, which vLLM's server would fail to parse.
+
+    Raises:
+        ValueError: naming the call and the fix.
+    """
+    for index, message in enumerate(messages):
+        for number, call in enumerate((isinstance(message, Mapping) and message.get("tool_calls")) or ()):
+            function = call.get("function") if isinstance(call, Mapping) else None
+            arguments = function.get("arguments") if isinstance(function, Mapping) else None
+            try:
+                check_nesting(load_json(arguments) if isinstance(arguments, str) else arguments)
+            except TooDeepError as error:
+                raise _bad_arguments(f"messages[{index}].tool_calls[{number}]", arguments, error) from error
+            except ValueError:
+                continue  # vLLM's server replaces what is not JSON by {}
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
@@ -78,13 +118,15 @@ def _close_user_turn(turns: list[Turn], parts: list[str | None], results: list[t
 
 def _role(index: int, message: Any) -> str:
     if not isinstance(message, Mapping):
-        raise ValueError(f"messages[{index}]={message!r}: must be an object. Give it a role and a content.")
+        raise ValueError(f"messages[{index}]={reprlib.repr(message)}: must be an object. Give it a role and a content.")
     role = message.get("role")
     if role not in ROLES:
-        raise ValueError(f"messages[{index}].role={role!r}: unknown role. Use one of {', '.join(ROLES)}.")
+        raise ValueError(f"messages[{index}].role={reprlib.repr(role)}: unknown role. Use one of {', '.join(ROLES)}.")
     for key, fix in (("tools", "Set the request's tools"), ("task", "Remove it")):
         if message.get(key):
-            raise ValueError(f"messages[{index}].{key}={message[key]!r}: not part of a message in this API. {fix}.")
+            raise ValueError(
+                f"messages[{index}].{key}={reprlib.repr(message[key])}: not part of a message in this API. {fix}."
+            )
     return str(role)
 
 
@@ -95,7 +137,9 @@ def _text(index: int, message: Mapping[str, Any], optional: bool) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise ValueError(f"messages[{index}].content={content!r}: unsupported type. Send a string or text parts.")
+        raise ValueError(
+            f"messages[{index}].content={reprlib.repr(content)}: unsupported type. Send a string or text parts."
+        )
     # Separators as in vLLM's server, which joins the parts of a tool's result by one line break before this is called.
     separator = "\n" if message["role"] == "tool" else "\n\n"
     return separator.join(_part(f"messages[{index}].content[{number}]", part) for number, part in enumerate(content))
@@ -106,8 +150,13 @@ def _part(where: str, part: Any) -> str:
         return part
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
+    # /v1/messages, for Claude Code's search of tools: the result is the name of a tool.
+    if isinstance(part, Mapping) and part.get("type") == "tool_reference" and isinstance(part.get("name"), str):
+        return str(part["name"])
     kind = part.get("type") if isinstance(part, Mapping) else part
-    raise ValueError(f'{where}.type={kind!r}: this model reads text only. Send {{"type": "text", "text": ...}}.')
+    raise ValueError(
+        f'{where}.type={reprlib.repr(kind)}: this model reads text only. Send {{"type": "text", "text": ...}}.'
+    )
 
 
 def _reasoning(index: int, message: Mapping[str, Any]) -> str:
@@ -129,18 +178,26 @@ def _calls(index: int, message: Mapping[str, Any]) -> list[Call]:
 def _call(where: str, call: Any) -> Call:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{where}={call!r}: has no function with a name. Send the call as it was received.")
+        raise ValueError(
+            f"{where}={reprlib.repr(call)}: has no function with a name. Send the call as it was received."
+        )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = load_json(arguments) if arguments.strip() else {}
         except ValueError as error:
-            raise ValueError(
-                f"{where}.function.arguments={arguments!r}: not JSON ({error}). Send the arguments as a JSON object."
-            ) from error
+            raise _bad_arguments(where, arguments, error) from error
     if not isinstance(arguments, Mapping | None):
-        raise ValueError(f"{where}.function.arguments={arguments!r}: not a JSON object. Send one, or its text.")
+        raise ValueError(
+            f"{where}.function.arguments={reprlib.repr(arguments)}: not a JSON object. Send one, or its text."
+        )
     return Call(call.get("id"), function["name"], arguments or {})
+
+
+def _bad_arguments(where: str, arguments: Any, error: ValueError) -> ValueError:
+    kind = "too deep" if isinstance(error, TooDeepError) else "not JSON"
+    shown = reprlib.repr(arguments)
+    return ValueError(f"{where}.function.arguments={shown}: {kind} ({error}). Send the arguments as a JSON object.")
 
 
 def _rank(index: int, message: Mapping[str, Any], pending: Sequence[Call], position: int) -> int:

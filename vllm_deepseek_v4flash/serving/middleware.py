@@ -20,6 +20,10 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fastapi import HTTPException
+
+from .nesting import MAX_NESTING, TooDeepError, check_nesting
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -27,6 +31,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 THINKING = {"enabled": True, "disabled": False}
+# Bytes of a request. A context of 1M tokens takes 10 MB where every character is escaped.
+MAX_BODY = 64 << 20
+# Deeper values can end vLLM's engine. A request's own objects take a few levels around a tool's schema.
+MAX_BODY_NESTING = MAX_NESTING + 16
 
 
 @functools.cache
@@ -46,8 +54,11 @@ def normalize(path: str, body: dict[str, Any]) -> dict[str, Any]:
     wins, even in `chat_template_kwargs`, where vLLM would drop it.
 
     Raises:
-        ValueError: for parameters that vLLM would ignore, or a `thinking` of another form.
+        ValueError: for parameters that vLLM would ignore, a `thinking` of another form, numbers that are too large, and
+            values that nest too deeply.
     """
+    for name, value in body.items():
+        _check_size(name, value)
     unknown = sorted(body.keys() - known_parameters(path))
     if unknown:
         listed = ", ".join(f"{name}={reprlib.repr(body[name])}" for name in unknown)
@@ -73,64 +84,85 @@ def normalize(path: str, body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+def _check_size(name: str, value: Any) -> None:
+    """Refuse what vLLM's engine cannot be sent: integers of more than 64 bits and values that nest too deeply."""
+    try:
+        check_nesting(value, MAX_BODY_NESTING)
+    except TooDeepError as error:
+        raise ValueError(f"{name}={reprlib.repr(value)}: {error}. Send a flatter value.") from error
+    level = [value]
+    while level:
+        for number in level:
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"{name}={reprlib.repr(number)}: has more than 64 bits. Send a smaller number.")
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+
+
 class StrictRequests:
-    """Answers requests that have unknown parameters with status 400, and normalizes the others (`normalize`)."""
+    """Answers requests that vLLM would ignore a part of with status 400, and normalizes the others (`normalize`).
+
+    A body is read and judged when the server asks for it, so after its check of the API key, and the answer passes
+    through its other middlewares, which add the CORS headers. A body above MAX_BODY gets status 413.
+    """
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in (CHAT, COMPLETIONS):
-            await self.app(scope, receive, send)
-            return
-        content = await _read_body(receive)
-        if content is None:
-            return  # the client has disconnected
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError):
-            body = None
-        # vLLM itself refuses what is not a JSON object.
-        if isinstance(body, dict):
-            try:
-                content = json.dumps(normalize(path, body)).encode()
-            except ValueError as error:
-                await _refuse(send, str(error))
-                return
-        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-        scope = {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
-        await self.app(scope, _replay_body(content, receive), send)
+        if scope["type"] == "http" and scope["method"] == "POST" and path in (CHAT, COMPLETIONS):
+            receive = _Body(path, receive)
+        await self.app(scope, receive, send)
 
 
-async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body of a request; None if the client disconnects before its end."""
-    content = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        content += message.get("body", b"")
-        if not message.get("more_body"):
-            return content
+class _Body:
+    """A `receive` whose first message is the whole body, normalized; later ones, such as a disconnect, follow it."""
+
+    def __init__(self, path: str, receive: Receive) -> None:
+        self.path, self.receive = path, receive
+        self.is_read = False
+
+    async def __call__(self) -> Message:
+        if self.is_read:
+            return await self.receive()
+        parts, size = [], 0
+        while True:
+            message = await self.receive()
+            if message["type"] != "http.request":
+                return message  # the client has disconnected
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > MAX_BODY:
+                raise HTTPException(
+                    413,
+                    f"body={size} bytes: more than {MAX_BODY >> 20} MiB. Send the request's texts in several requests.",
+                )
+            if not message.get("more_body"):
+                self.is_read = True
+                return {"type": "http.request", "body": _judge(self.path, b"".join(parts)), "more_body": False}
 
 
-def _replay_body(content: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body, and then the messages that follow it, such as a disconnect."""
-    unread: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+def _judge(path: str, content: bytes) -> bytes:
+    """The body as vLLM should see it. What is not a JSON object is left to vLLM, which refuses it.
 
-    async def receive_again() -> Message:
-        return unread.pop() if unread else await receive()
-
-    return receive_again
-
-
-async def _refuse(send: Send, reason: str) -> None:
-    error = {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
-    content = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    Raises:
+        HTTPException: status 400, for what `normalize` refuses.
+    """
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(body, dict):
+        return content
+    try:
+        return json.dumps(normalize(path, body)).encode()
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 class FailWithEngine:

@@ -5,31 +5,37 @@ They take vLLM's own name `deepseek_v4`, so the usual flags select them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+from .arguments import ArgumentReader
 from .compat import (
     DeepSeekV4Parser,
+    DeltaFunctionCall,
+    DeltaToolCall,
+    ExtractedToolCallInformation,
+    FunctionCall,
+    IncrementalLexer,
     ParserEngineReasoningAdapter,
     ParserEngineToolAdapter,
     ParserState,
-    coerce_to_schema_type,
+    ToolCall,
     deepseek_v4_config,
-    extract_types_from_schema,
     find_tool_properties,
 )
 from .encoding import DSML
+from .messages import is_continued
 from .modes import select_mode
 
-_PARAMETER = re.compile(rf'<{DSML}parameter\s+name="([^"]+)"(?:\s+string="([^"]*)")?\s*>')
-_WRAPPERS = {"arguments", "input"}
-_END = f"</{DSML}parameter>"
+_INVOKE = f"<{DSML}invoke"
+_ENDS_OF_CALL = (f"</{DSML}invoke>", f"</{DSML}tool_calls>")
+
+
+def ends_in_call(text: str) -> bool:
+    """Whether a reply ends inside an invoke."""
+    return text.rfind(_INVOKE) > max(map(text.rfind, _ENDS_OF_CALL))
 
 
 @functools.cache
@@ -48,65 +54,8 @@ def parser_config(thinking: bool) -> Any:
     return dataclasses.replace(stock, transitions=transitions, strip_trailing_reasoning_whitespace=False)
 
 
-def read_parameters(text: str, partial: bool) -> list[tuple[str, bool, str]]:
-    """`(name, is a string, value)` of each parameter inside an invoke, each name once.
-
-    A parameter whose end tag is missing extends to the next one, or to the end of the invoke. Of several with one name
-    the first counts, because it has been streamed by the time another arrives.
-
-    Args:
-        partial: more text follows, so the last parameter may be incomplete; it is returned if it is a string.
-    """
-    found: dict[str, tuple[bool, str]] = {}
-    heads = list(_PARAMETER.finditer(text))
-    for number, head in enumerate(heads):
-        name, is_string = head.group(1), head.group(2) == "true"
-        stop = heads[number + 1].start() if head is not heads[-1] else len(text)
-        value, end, _ = text[head.end() : stop].partition(_END)
-        if not end:
-            if partial and not is_string and head is heads[-1]:
-                break
-            # The line break before the next tag belongs to the format.
-            value = value.removesuffix("\n")
-        found.setdefault(name, (is_string, value))
-    return [(name, is_string, value) for name, (is_string, value) in found.items()]
-
-
-def convert_value(value: str, is_string: bool, schema: Any) -> Any:
-    """A parameter's value in the type that the model declared, unless the tool's schema does not allow that type."""
-    types = extract_types_from_schema(schema) if isinstance(schema, dict) and _declares_type(schema) else ()
-    if is_string:
-        return value if not types or "string" in types else coerce_to_schema_type(value, types)
-    try:
-        parsed = json.loads(value, parse_constant=str, parse_float=_finite)
-    except ValueError:
-        return value if not types else coerce_to_schema_type(value, types)
-    if list(types) == ["string"] and not isinstance(parsed, str):
-        return value
-    return parsed
-
-
-def _finite(number: str) -> float | str:
-    """The number, or its text if it is infinite, which JSON cannot represent."""
-    return float(number) if math.isfinite(float(number)) else number
-
-
-def _declares_type(schema: dict[str, Any]) -> bool:
-    """Whether a schema declares a type; vLLM treats one that does not, such as a `$ref`, as a string's."""
-    return any(key in schema for key in ("type", "enum", "anyOf", "oneOf", "allOf"))
-
-
-def unwrap(arguments: dict[str, Any], properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments inside a single parameter `arguments` or `input`, where the model sometimes writes them."""
-    inner = next(iter(arguments.values()), None) if len(arguments) == 1 else None
-    if isinstance(inner, str):
-        with contextlib.suppress(ValueError):
-            inner = json.loads(inner)
-    return inner if isinstance(inner, dict) and inner.keys() <= properties.keys() else arguments
-
-
 class V4Parser(DeepSeekV4Parser):
-    """vLLM's parser with `parser_config`, `read_parameters` and `convert_value`.
+    """vLLM's parser with `parser_config`, and `ArgumentReader` for the arguments of calls.
 
     With one of this package's tokenizers it starts in the thinking state if the request's mode thinks, and never for a
     continued answer. vLLM's own rule contradicts an encoding in which "do not think" wins: it takes the whole answer
@@ -128,30 +77,100 @@ class V4Parser(DeepSeekV4Parser):
             # The encoding closes the reasoning of a continued message: it cannot tell whether it was cut off.
             continued = bool(request.get("continue_final_message"))
             kwargs["chat_template_kwargs"] = {"thinking": mode.thinking and not continued}
+        self._whole = False
+        self._readers: dict[int, ArgumentReader] = {}
         super().__init__(tokenizer, tools, **kwargs)
+        self._engine._lexer = PiecewiseLexer(self._engine._lexer._shape)
 
-    def _convert_args(self, raw_args: str, partial: bool) -> str:
-        name = next((slot.name for slot in self._tool_slots if slot.args == raw_args), None)
-        properties = (find_tool_properties(self._tools, name) if self._tools and name else None) or {}
-        arguments = {
-            parameter: convert_value(value, is_string, properties.get(parameter))
-            for parameter, is_string, value in read_parameters(raw_args, partial)
-        }
-        if properties and arguments.keys() <= _WRAPPERS - properties.keys():
-            if partial:
-                return ""  # nothing can be sent until the wrapper's content is complete
-            arguments = unwrap(arguments, properties)
-        return json.dumps(arguments, ensure_ascii=False)
+    def _reset(self, initial_state: Any = None) -> None:
+        super()._reset(initial_state)
+        self._readers = {}
 
-    def _fix_arg_types(self, args_json: str, func_name: str) -> str:
-        """`convert_value` has converted the types; vLLM's second pass sees only the JSON."""
-        return args_json
+    def _reader(self, index: int) -> ArgumentReader:
+        if index not in self._readers:
+            name = self._tool_slots[index].name
+            self._readers[index] = ArgumentReader(
+                (find_tool_properties(self._tools, name) if self._tools else None) or {}
+            )
+        return self._readers[index]
+
+    def _handle_arg_chunk(self, event: Any, deltas: list[Any]) -> None:
+        """Read a piece of a call's text; vLLM's version converts all of the call's text with every piece."""
+        self._send(event.tool_index, self._reader(event.tool_index).read(event.value), deltas)
+
+    def _handle_tool_end(self, event: Any, deltas: list[Any]) -> None:
+        """End a call, by its tag, or by the end of the reply, whose event has no text.
+
+        A call that is cut off before its arguments is left out: its name may be incomplete.
+        """
+        if event.value or event.tool_index in self._readers:
+            self._send(event.tool_index, self._reader(event.tool_index).finish(closed=bool(event.value)), deltas)
+
+    def _send(self, index: int, arguments: str, deltas: list[Any]) -> None:
+        slot = self._tool_slots[index]
+        if not slot.name_sent:
+            self._emit_name_delta(index, deltas, slot.name or None)
+        if arguments and slot.name_sent and not self._whole:
+            deltas.append(DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=arguments)))
+
+    def _single_pass_parse(self, text: str, token_ids: Any, initial_state: Any = None) -> Any:
+        self._whole = True
+        try:
+            return super()._single_pass_parse(text, token_ids, initial_state)
+        finally:
+            self._whole = False
+
+    def _build_extracted_result(self, *deltas: Any) -> ExtractedToolCallInformation:
+        calls = []
+        for index, slot in enumerate(self._tool_slots):
+            name = slot.name.strip()
+            if index in self._readers and self._accept_tool_name(name):
+                self._ensure_tool_id(slot, name)
+                calls.append(ToolCall(id=slot.id, function=FunctionCall(name=name, arguments=self._reader(index).json)))
+        content = "".join(delta.content for delta in deltas if delta is not None and delta.content)
+        return ExtractedToolCallInformation(
+            tools_called=bool(calls),
+            tool_calls=calls,
+            content=self._strip_content_whitespace(content, bool(calls)),
+        )
+
+
+class PiecewiseLexer(IncrementalLexer):
+    """vLLM's lexer, fed a bounded piece at a time: it copies all that it has been fed whenever it finds a tag in it."""
+
+    PIECE = 512
+
+    def feed(self, text: str, token_texts: tuple[str, ...] = (), token_count: int = 0) -> list[Any]:
+        if len(text) <= self.PIECE:
+            return super().feed(text, token_texts, token_count)
+        counts = self._char_token_counts(text, token_texts, token_count)
+        tokens: list[Any] = []
+        for start in range(0, len(text), self.PIECE):
+            self.buffer += text[start : start + self.PIECE]
+            self._token_counts.extend(counts[start : start + self.PIECE])
+            tokens += self._drain()
+        return tokens
 
 
 class V4ReasoningParser(ParserEngineReasoningAdapter):
     """The parser of `--reasoning-parser deepseek_v4`."""
 
     _parser_engine_cls = V4Parser
+    _answers_at_once = False
+
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        """Whether a prompt, or what has been generated, ends outside the thinking."""
+        self._answers_at_once = super().is_reasoning_end(input_ids)
+        return self._answers_at_once
+
+    def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
+        """`(reasoning, content)` of a whole reply. The rest of a continued answer is content."""
+        if is_continued(getattr(request, "messages", None) or ()):
+            return None, model_output or None
+        return super().extract_reasoning(model_output, request)
+
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        return 0 if self._answers_at_once else super().count_reasoning_tokens(token_ids)
 
 
 class V4ToolParser(ParserEngineToolAdapter):
