@@ -148,8 +148,13 @@ def skipped_formats(found: Survey) -> dict[str, int]:
     for tensor in found.skipped:
         module, _, leaf = tensor.name.rpartition(".")
         modules.setdefault(module, {})[leaf] = tensor
-    matrices = (leaves for leaves in modules.items() if any(len(t.shape) == 2 for t in leaves[1].values()))
-    return dict(Counter(found.format_label(module, leaves) for module, leaves in matrices))
+    # A matrix of a linear layer has a `weight`, `qweight` or `weight_packed`; others (mHC's) are parameters.
+    linear = {
+        module: leaves
+        for module, leaves in modules.items()
+        if any("weight" in leaf and len(tensor.shape) == 2 for leaf, tensor in leaves.items())
+    }
+    return dict(Counter(found.format_label(module, leaves) for module, leaves in linear.items()))
 
 
 def residents(found: Survey, value_bytes: int) -> tuple[ResidentTensor, ...]:
