@@ -118,7 +118,6 @@ FOUND = {
     "model.layers.1.ffn.experts.10.down_proj.g_idx": "layers.1.ffn.experts.10.w2.g_idx",
     "model.layers.1.ffn.shared_experts.up_proj.qweight": "layers.1.ffn.shared_experts.w3.qweight",
     "model.layers.1.ffn.experts.10.wgate.qweight": "layers.1.ffn.experts.10.w1.qweight",
-    "model.layers.1.ffn.shared_experts.wgate.scales": "layers.1.ffn.shared_experts.w1.scales",
     "model.layers.1.attn.compressor.wgate.qweight": "layers.1.attn.compressor.wgate.qweight",
     "model.layers.1.mlp.gate.e_score_correction_bias": "layers.1.ffn.gate.bias",
     "model.layers.1.ffn_hc.scale": "layers.1.hc_ffn_scale",

@@ -99,16 +99,11 @@ TABLE: tuple[Row, ...] = (
     Row("ffn.gate", "mlp.gate", ("experts", "hidden")),
     Row("ffn.gate.bias", "mlp.gate.e_score_correction_bias", ("experts",), "biased", False),
     Row("ffn.gate.tid2eid", "mlp.gate.tid2eid", ("vocab", "top"), "hash", False, integer=True),
-    # transformers renames the compressor's `wgate` and `gate_proj`; AutoRound 0.16 applies that to the experts too.
+    # transformers renames the compressor's `wgate` and `gate_proj`; AutoRound 0.16 renames the routed experts' too.
     Row("ffn.experts.*.w1", "mlp.experts.*.gate_proj", ("inter", "hidden"), "expert", mistaken="ffn.experts.*.wgate"),
     Row("ffn.experts.*.w2", "mlp.experts.*.down_proj", ("hidden", "inter"), "expert"),
     Row("ffn.experts.*.w3", "mlp.experts.*.up_proj", ("inter", "hidden"), "expert"),
-    Row(
-        "ffn.shared_experts.w1",
-        "mlp.shared_experts.gate_proj",
-        ("inter", "hidden"),
-        mistaken="ffn.shared_experts.wgate",
-    ),
+    Row("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj", ("inter", "hidden")),
     Row("ffn.shared_experts.w2", "mlp.shared_experts.down_proj", ("hidden", "inter")),
     Row("ffn.shared_experts.w3", "mlp.shared_experts.up_proj", ("inter", "hidden")),
 )
