@@ -26,7 +26,7 @@ from vllm_deepseek_v4flash.checkpoint.names import native_name
 
 ARCHIVE = Path(__file__).resolve().parent / "data" / "checkpoints.tar.xz"
 WHOLE = ("ar_sym", "ar_awq_asym", "gm_gptq_desc_act", "llmc_rtn_g32_asym")
-PARTIAL = ("gm_rtn_awq_asym", "llmc_gptq")
+PARTIAL = ("gm_rtn_awq_asym", "llmc_gptq", "ar016_asym", "ar016_asym_override", "gm_embedding")
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ def auto_round(label: str | None, **arguments: Any) -> Case:
     if label == "auto_round:auto_awq":
         case = awq(**arguments)
     else:
-        v2 = label == "auto_round:gptqmodel" or (label == "auto_round" and not extra.get("model_free"))
+        v2 = label in ("auto_round:gptqmodel", "auto_round")
+        if extra.get("model_free"):
+            v2 = arguments.get("asymmetric", False) and not extra["autoround_version"].startswith("0.15.")
         case = gptq(v2=v2, **arguments)
     config = {"quant_method": "auto-round", "bits": 4, "group_size": arguments.get("group", 64), "data_type": "int"}
     config["sym"] = not arguments.get("asymmetric", label == "auto_round:auto_awq")
@@ -238,7 +240,14 @@ CASES: dict[str, dict[str, Make]] = {
         "auto_gptq-asym": partial(auto_round, "auto_round:auto_gptq", asymmetric=True),
         "gptqmodel-asym": partial(auto_round, "auto_round:gptqmodel", asymmetric=True),
         "as-labelled-asym": partial(auto_round, "auto_round", asymmetric=True),
-        "mislabelled-asym": partial(auto_round, "auto_round", asymmetric=True, extra={"model_free": True}),
+        **{
+            f"model-free-{version}-{label.rpartition(':')[2]}{'-asym' * asymmetric}": partial(
+                auto_round, label, asymmetric=asymmetric, extra={"model_free": True, "autoround_version": version}
+            )
+            for version in ("0.15.1", "0.16.0", "0.16.1", "1.0.0.post1+cpu")
+            for label in ("auto_round", "auto_round:auto_gptq")
+            for asymmetric in (False, True)
+        },
         "auto_awq": partial(auto_round, "auto_round:auto_awq"),
         "plain": partial(plain, {"quant_method": "auto-round"}),
     },

@@ -117,6 +117,8 @@ FOUND = {
     "model.layers.1.attn.sinks": "layers.1.attn.attn_sink",
     "model.layers.1.ffn.experts.10.down_proj.g_idx": "layers.1.ffn.experts.10.w2.g_idx",
     "model.layers.1.ffn.shared_experts.up_proj.qweight": "layers.1.ffn.shared_experts.w3.qweight",
+    "model.layers.1.ffn.experts.10.wgate.qweight": "layers.1.ffn.experts.10.w1.qweight",
+    "model.layers.1.attn.compressor.wgate.qweight": "layers.1.attn.compressor.wgate.qweight",
     "model.layers.1.mlp.gate.e_score_correction_bias": "layers.1.ffn.gate.bias",
     "model.layers.1.ffn_hc.scale": "layers.1.hc_ffn_scale",
     "model.hc_head.hc_scale": "hc_head_scale",

@@ -67,6 +67,30 @@ def test_packed_vocabulary_layers_are_unpacked_at_load(module: str) -> None:
     assert torch.equal(weight, expected)
 
 
+def test_an_embedding_that_is_packed_along_its_tokens_is_turned_round() -> None:
+    """As GPTQModel packs it: the table is a layer from tokens to channels."""
+    tensors = tiny.random_tensors(SPEC)
+    n, k = tensors.pop("embed.weight").shape
+    case = cases.gptq(n=k, k=n, group=8, asymmetric=True, ordered=True)
+    tensors.update({f"model.embed_tokens.{leaf}": tensor for leaf, tensor in case.leaves.items()})
+    plan = plan_of(tensors, case)
+    assert plan["embed"].transposed
+    model = FakeModel(CONFIG)
+    load(model, tensors.items(), case, plan)
+    assert torch.equal(model.get_parameter("model.embed.weight"), case.weight.t())
+
+
+def test_only_gptq_turns_an_embedding_round() -> None:
+    tensors = tiny.random_tensors(SPEC)
+    n, k = tensors["embed.weight"].shape
+    (problem,) = survey(CONFIG, None, stored({**tensors, "embed.weight": torch.zeros(k, n)})).problems
+    assert problem.kind == "mis-shaped"
+    awq = cases.awq(n=k, k=n, group=8)
+    del tensors["embed.weight"]
+    tensors.update({f"embed.{leaf}": tensor for leaf, tensor in awq.leaves.items()})
+    assert [problem.kind for problem in survey(CONFIG, awq.config, stored(tensors)).problems] == ["mis-shaped"]
+
+
 def test_weights_are_repacked_one_by_one_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "layers.0.attn.wq_a"
     tensors, case = with_packed(module)

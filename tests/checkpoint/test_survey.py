@@ -21,6 +21,7 @@ from vllm_deepseek_v4flash.checkpoint.dtypes import header_of
 from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
 from vllm_deepseek_v4flash.checkpoint.loader import load_weights
 from vllm_deepseek_v4flash.checkpoint.survey import refuse, survey
+from vllm_deepseek_v4flash.config import DeepseekV4Config
 from vllm_deepseek_v4flash.inspect.contents import inspect_checkpoint
 from vllm_deepseek_v4flash.integration.quantization import DeepseekV4QuantConfig, check_unquantised
 
@@ -133,6 +134,13 @@ BROKEN: dict[str, tuple[Callable[[], Checkpoint], list[str]]] = {
         _edit(_put("model.layers.1.self_attn.q_a_proj.weight", 64, 128)),
         [f"duplicate: model.layers.1.self_attn.q_a_proj.weight: has [64, 128] F32; {WQ_A} is the same tensor"],
     ),
+    "two names outside the layers": (
+        _edit(_put("model.embed_tokens.weight", VOCAB, HIDDEN)),
+        [
+            f"duplicate: model.embed_tokens.weight: has [{VOCAB}, {HIDDEN}] F32; embed.weight is the same tensor, with "
+            "other values"
+        ],
+    ),
     "fused and separate": (
         _edit(_fuse),
         [
@@ -221,6 +229,78 @@ def test_what_fits_fits_everywhere(make: Callable[[], Checkpoint], tmp_path: Pat
         module: replace(entry, files=("model.safetensors",)) for module, entry in found.plan().items()
     }
     assert len(config.plan) == 3 * CONFIG.n_routed_experts + 1
+
+
+def _twice(checkpoint: Checkpoint, name: str, native: str, dtype: torch.dtype) -> None:
+    checkpoint.tensors[name] = checkpoint.tensors[native].to(dtype, copy=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [plain, packed])
+def test_a_tensor_that_is_stored_twice_with_the_same_values_fits(
+    make: Callable[[], Checkpoint], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """AutoRound's `model_extra_tensors.safetensors`: the source's dtype next to that of the quantised model."""
+    checkpoint = make()
+    for name, native in (
+        ("model.embed_tokens.weight", "embed.weight"),
+        ("model.hc_head.hc_fn", "hc_head_fn"),
+        ("model.norm.weight", "norm.weight"),
+    ):
+        _twice(checkpoint, name, native, dtype)
+    path = str(checkpoint.write(tmp_path))
+    assert inspect_checkpoint(path).problems == ()
+    check_as_vllm(checkpoint, path)
+    if make is packed:
+        return
+    for tensors in (checkpoint.tensors, dict(reversed(checkpoint.tensors.items()))):
+        model = FakeModel(CONFIG)
+        load_weights(model, CONFIG, tensors.items())
+        # Whichever comes first, the wider one is kept.
+        assert torch.equal(model.get_parameter("model.embed.weight"), checkpoint.tensors["embed.weight"])
+
+
+def test_one_value_that_differs_is_seen_in_any_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_deepseek_v4flash.checkpoint.doubles._PIECE", 100)
+    checkpoint = plain()
+    _twice(checkpoint, "model.embed_tokens.weight", "embed.weight", torch.float32)
+    assert inspect_checkpoint(checkpoint.write(tmp_path)).problems == ()
+    checkpoint.tensors["model.embed_tokens.weight"][-1, -1] += 1
+    assert [problem.kind for problem in inspect_checkpoint(checkpoint.write(tmp_path)).problems] == ["duplicate"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("n_routed_experts", 100_000, "the tensors have 8 routed experts"),
+        ("num_hidden_layers", 20_000, "the tensors have 5 layers"),
+    ],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_counts_that_the_tensors_do_not_bear_out_are_refused_at_once(
+    field: str, value: int, text: str, fused: bool, tmp_path: Path
+) -> None:
+    checkpoint = plain()
+    if fused:
+        checkpoint.tensors = tiny.fuse_experts(CONFIG, checkpoint.tensors)
+    path = checkpoint.write(tmp_path)
+    values = {**SPEC.hf_config, field: value}
+    values["compress_ratios"] = values["compress_ratios"] + [0] * (value if field == "num_hidden_layers" else 0)
+    (path / "config.json").write_text(json.dumps(values))
+    want = rf"{field}={value} in config\.json: {text}\. Use"
+    with pytest.raises(CheckpointError, match=want):
+        inspect_checkpoint(path)
+    with pytest.raises(CheckpointError, match=want):
+        check_unquantised(DeepseekV4Config.from_dict(values), str(path), "auto")
+
+
+def test_a_pattern_that_no_module_can_be_compared_with_is_one_problem(tmp_path: Path) -> None:
+    checkpoint = packed()
+    checkpoint.quantization = {**GPTQ, "dynamic": {r"+:(.*)*\d\d\d\dq$": {}}}
+    (problem,) = inspect_checkpoint(checkpoint.write(tmp_path)).problems
+    assert (problem.kind, problem.name) == ("config", "quantization_config")
+    assert r"(.*)*\\d" in problem.text
+    assert problem.text in of_vllm(checkpoint, tmp_path)
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

@@ -77,6 +77,32 @@ def test_flash_as_deepseek_ships_it(native_flash: Report) -> None:
     assert rows["head"] == ("plain", 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("edit", "formats"),
+    [
+        (lambda declared: declared, {"fp8": 10, "fp4": 24, "plain bfloat16": 1}),
+        (
+            lambda declared: {
+                name: ("BF16", shape) if name.endswith(".weight") else (dtype, shape)
+                for name, (dtype, shape) in declared.items()
+                if not name.endswith(".scale")
+            },
+            {"plain bfloat16": 35},
+        ),
+        (
+            lambda declared: {n: d for n, d in declared.items() if not n.endswith("e_proj.scale")},
+            {"fp8": 9, "fp4": 24, "plain bfloat16": 1, "unknown": 1},
+        ),
+    ],
+)
+def test_skipped_blocks_have_formats_of_their_own(edit: Any, formats: dict[str, int], tmp_path: Path) -> None:
+    declared = {**pack_quantized(SMALL), **edit(mtp(SMALL))}
+    report = inspect_checkpoint(write_checkpoint(tmp_path, SMALL, declared, PACKED_QUANTIZATION))
+    assert report.problems == ()
+    assert report.skipped_formats == formats
+    assert kinds(report)["layers.*.ffn.experts.*.w1"][0] == "int4"
+
+
 def test_flash_in_int4(gptq_flash: Report) -> None:
     """148.8 GB in memory, 69.8 GiB on each of two GPUs; the file holds zero points besides, 149.9 GB in all."""
     assert gptq_flash.problems == ()

@@ -18,6 +18,7 @@ from ..config import DeepseekV4Config
 from ..log import logger_name
 from ..ops.packed_weight import QuantizationError, dequantise
 from . import names
+from .doubles import may_be_stored_twice, same_values
 from .dtypes import header_of
 from .errors import CheckpointError as CheckpointError
 from .formats.common import check_bias
@@ -92,6 +93,8 @@ class _Load:
     last_stage: bool
     local_experts: Collection[int] | None
     pending: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    # What a second tensor of the same name in another spelling is compared with.
+    first: dict[str, torch.Tensor] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -109,7 +112,21 @@ class _Load:
                 self._place(part, tensor[index])
         elif place.role == "part":
             self._take_part(place, tensor)
+        elif place.role == "again":
+            self._compare(place, stored, tensor)
         elif self._has_expert_ids(stored, place.native, tensor):
+            if may_be_stored_twice(place.native):
+                self.first[place.native] = tensor
+            self._place(place.native, tensor)
+
+    def _compare(self, place: Place, stored: str, tensor: torch.Tensor) -> None:
+        """A tensor that was loaded under another name: the same values, of which the wider are kept."""
+        first = self.first.get(place.native)
+        if first is None:
+            return  # it was refused
+        if not (first.is_meta or tensor.is_meta or same_values(first, tensor)):
+            self.survey.add_double(header_of(tensor, stored), place.native)
+        elif tensor.dtype.itemsize > first.dtype.itemsize:
             self._place(place.native, tensor)
 
     def _has_expert_ids(self, stored: str, native: str, tensor: torch.Tensor) -> bool:
@@ -145,7 +162,8 @@ class _Load:
         except QuantizationError as error:
             raise CheckpointError(f"{', '.join(plan.files)}: {error}") from error
         if module in HELD_UNPACKED:
-            self._fill(native, dequantise(canonical, plan.scheme))
+            weight = dequantise(canonical, plan.scheme)
+            self._fill(native, weight.t() if plan.transposed else weight)
             logger.info("%s: dequantised at load (stored as %s).", module, plan.scheme.kind)
             return
         for name, part in canonical.items():

@@ -33,7 +33,8 @@ class Row:
 
     `native` and `transformers` are relative to `layers.N.` unless `where` is "global". A `module` holds a `weight` (or
     the leaves of a quantised format in its place); any other row is a parameter of its own. `dims` are keys of
-    `_dimensions`. `saved` is what `save_pretrained` writes if that is not `model.` + native.
+    `_dimensions`. `saved` is what `save_pretrained` writes if that is not `model.` + native. `mistaken` is what a tool
+    writes that renames too much.
     """
 
     native: str
@@ -43,6 +44,7 @@ class Row:
     module: bool = True
     integer: bool = False
     saved: str | None = None
+    mistaken: str | None = None
 
 
 TABLE: tuple[Row, ...] = (
@@ -97,7 +99,8 @@ TABLE: tuple[Row, ...] = (
     Row("ffn.gate", "mlp.gate", ("experts", "hidden")),
     Row("ffn.gate.bias", "mlp.gate.e_score_correction_bias", ("experts",), "biased", False),
     Row("ffn.gate.tid2eid", "mlp.gate.tid2eid", ("vocab", "top"), "hash", False, integer=True),
-    Row("ffn.experts.*.w1", "mlp.experts.*.gate_proj", ("inter", "hidden"), "expert"),
+    # transformers renames the compressor's `wgate` and `gate_proj`; AutoRound 0.16 renames the routed experts' too.
+    Row("ffn.experts.*.w1", "mlp.experts.*.gate_proj", ("inter", "hidden"), "expert", mistaken="ffn.experts.*.wgate"),
     Row("ffn.experts.*.w2", "mlp.experts.*.down_proj", ("hidden", "inter"), "expert"),
     Row("ffn.experts.*.w3", "mlp.experts.*.up_proj", ("inter", "hidden"), "expert"),
     Row("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj", ("inter", "hidden")),
@@ -130,8 +133,7 @@ def _fold(path: str) -> str:
 
 def _spellings(row: Row) -> set[str]:
     names = {row.native, row.transformers.removeprefix("model.")}
-    if row.saved is not None:
-        names.add(row.saved.removeprefix("model."))
+    names |= {name.removeprefix("model.") for name in (row.saved, row.mistaken) if name is not None}
     return {_fold(name) for name in names}
 
 

@@ -15,12 +15,16 @@ HELD_UNPACKED = ("embed", "head")
 
 @dataclass(frozen=True)
 class PackedModule:
-    """One packed weight: its format, what it becomes, the leaves that make it up, and the files that hold them."""
+    """One packed weight: its format, what it becomes, the leaves that make it up, and the files that hold them.
+
+    `transposed`: the scheme's [out, in] are an embedding's channels and tokens.
+    """
 
     format: Format
     scheme: Scheme
     leaves: frozenset[str]
     files: tuple[str, ...]
+    transposed: bool = False
 
     def repack(self, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored tensors by leaf name, all of `self.leaves`, as canonical ones (`ops/packed_weight.py`)."""

@@ -14,9 +14,12 @@ from typing import Any, Literal
 from ..config import DeepseekV4Config
 from ..ops.packed_weight import QuantizationError, Scheme
 from . import names
+from .counts import check_counts
+from .doubles import may_be_stored_twice, same_in_files
 from .errors import CheckpointError
 from .formats import Format, format_of
 from .formats.common import either, is_router_parameter
+from .formats.regular import PatternError, restart_clock
 from .headers import PLAIN_CODES, TensorHeader
 from .plan import PackedModule
 
@@ -44,12 +47,12 @@ class Place:
 
     Attributes:
         role: "whole" fills one of the model's tensors, "fused" all of a layer's w1 and w3, or w2. A "part" belongs to
-            a module whose format decides what it is.
+            a module whose format decides what it is. "again" has the place of a tensor that came before it.
         native: The tensor's name.
         module: `native` without its last component, `leaf`.
     """
 
-    role: Literal["whole", "fused", "part"]
+    role: Literal["whole", "fused", "part", "again"]
     native: str
     module: str
     leaf: str
@@ -58,11 +61,20 @@ class Place:
 def survey(
     config: DeepseekV4Config, quantization_config: Mapping[str, Any] | None, headers: Iterable[TensorHeader]
 ) -> Survey:
-    """The survey of a whole checkpoint, finished."""
+    """The survey of a whole checkpoint, finished.
+
+    Raises:
+        CheckpointError: config.json has more layers or experts than the tensors, so there is nothing to compare.
+    """
+    headers = list(headers)
+    check_counts(config, headers)
     whole = Survey(config, quantization_config)
     for header in headers:
         whole.take(header)
     whole.finish()
+    for native, pair in whole.doubles.items():
+        if not same_in_files(*pair):
+            whole.add_double(pair[1], native)
     return whole
 
 
@@ -75,6 +87,7 @@ class Survey:
         tensors: Each stored tensor that has a place, by native name.
         leaves: Those that make up a module's weight, by module and leaf.
         fused: Those that hold all experts of a layer, by native name.
+        doubles: Pairs of tensors that are the same tensor by their names, by native name. Their values decide.
         skipped: The tensors of `mtp.*` blocks, which are not loaded.
         schemes: How each module that fits is stored, by native name; known after `finish`.
     """
@@ -86,6 +99,7 @@ class Survey:
         self.tensors: dict[str, TensorHeader] = {}
         self.leaves: defaultdict[str, dict[str, TensorHeader]] = defaultdict(dict)
         self.fused: dict[str, TensorHeader] = {}
+        self.doubles: dict[str, tuple[TensorHeader, TensorHeader]] = {}
         self.skipped: list[TensorHeader] = []
         self.schemes: dict[str, Scheme] = {}
         self._quantization: Mapping[str, Any] = {}
@@ -96,6 +110,7 @@ class Survey:
             self.add("config", "quantization_config", f"is {quantization_config!r}, should be an object")
             return
         self._quantization = quantization_config or {}
+        restart_clock()
         try:
             self._format = format_of(self._quantization)
         except QuantizationError as error:
@@ -103,6 +118,12 @@ class Survey:
 
     def add(self, kind: Kind, name: str, text: str) -> None:
         self.problems.append(Problem(kind, name, text))
+
+    def add_double(self, header: TensorHeader, native: str) -> None:
+        """Report a tensor that is stored a second time, with other values."""
+        other = self.tensors[native].name
+        which = f", {native}" if native not in (other, header.name) else ""
+        self.add("duplicate", header.name, f"{_has(header)}; {other} is the same tensor{which}, with other values")
 
     def take(self, header: TensorHeader) -> Place | None:
         """File one stored tensor; its place, or None if it is skipped or does not fit by itself."""
@@ -116,6 +137,9 @@ class Survey:
             return None
         other = self.tensors.setdefault(place.native, header)
         if other is not header:
+            if self._can_be_compared(place.native, other, header):
+                self.doubles[place.native] = (other, header)
+                return Place("again", place.native, place.module, place.leaf)
             which = f", {native}" if native not in (other.name, header.name) else ""
             self.add("duplicate", header.name, f"{_has(header)}; {other.name} is the same tensor{which}")
             return None
@@ -152,8 +176,18 @@ class Survey:
             if scheme.kind != "plain" and self._format is not None:
                 leaves = self.leaves[module]
                 files = {header.file.name for header in leaves.values()}
-                plan[module] = PackedModule(self._format, scheme, frozenset(leaves), tuple(sorted(files)))
+                transposed = scheme.shape != self.expected[f"{module}.weight"].shape
+                plan[module] = PackedModule(self._format, scheme, frozenset(leaves), tuple(sorted(files)), transposed)
         return plan
+
+    def format_label(self, module: str, leaves: Mapping[str, TensorHeader]) -> str:
+        """A few words on how a module is stored that is not the model's; "unknown" if no format here reads it."""
+        if self._format is None:
+            return "unknown"
+        try:
+            return format_label(self._format.describe(self._quantization, module, leaves))
+        except QuantizationError:
+            return "unknown"
 
     def _place(self, native: str) -> Place | None:
         module, _, leaf = native.rpartition(".")
@@ -167,6 +201,17 @@ class Survey:
     def _is_leaf(self, place: Place) -> bool:
         """Whether a tensor is part of a module's weight; the router's bias and table are tensors of their own."""
         return f"{place.module}.weight" in self.expected and not is_router_parameter(place.module, place.leaf)
+
+    def _can_be_compared(self, native: str, one: TensorHeader, other: TensorHeader) -> bool:
+        """Whether two tensors of one place are plain and fit it, so that their values may be the same."""
+        spec = self.expected.get(native)
+        return (
+            spec is not None
+            and may_be_stored_twice(native)
+            and native not in self.doubles
+            and one.shape == other.shape == spec.shape
+            and {one.dtype, other.dtype} <= set(PLAIN_CODES)
+        )
 
     def _fits(self, header: TensorHeader, native: str, shape: tuple[int, ...] | None, integer: bool = False) -> bool:
         assert shape is not None
@@ -195,10 +240,17 @@ class Survey:
             return
         try:
             scheme = self._format.describe(self._quantization, module, leaves)
+        except PatternError as error:
+            # It is the same for every module.
+            self.add("config", "quantization_config", str(error))
+            self._format = None
+            self.schemes.clear()
+            return
         except QuantizationError as error:
             self.add("format", module, str(error).removeprefix(f"{module}: "))
             return
-        if tuple(scheme.shape) == shape:
+        turned = module == "embed" and self._format.transposes_embedding and scheme.kind == "int4"
+        if tuple(scheme.shape) in (shape, shape[::-1] if turned else shape):
             self.schemes[module] = scheme
         elif scheme.kind != "plain":
             self.add("mis-shaped", module, f"has {list(scheme.shape)} ({scheme.kind}), should be {list(shape)}")
@@ -255,6 +307,11 @@ def scheme_label(scheme: Scheme) -> str:
     if scheme.kind != "int4":
         return scheme.kind
     return f"int4 {'asym' if scheme.zero_points else 'sym'}{' act-order' if scheme.act_order else ''}"
+
+
+def format_label(scheme: Scheme) -> str:
+    """`scheme_label` with a plain weight's dtype: "plain bfloat16"."""
+    return f"plain {str(scheme.dtype).removeprefix('torch.')}" if scheme.kind == "plain" else scheme_label(scheme)
 
 
 def _storage(scheme: Scheme) -> str:

@@ -53,6 +53,8 @@ class Report:
     skipped: int
     """Tensors of mtp.* blocks, which are not loaded."""
     skipped_bytes: int
+    skipped_formats: Mapping[str, int]
+    """How many of their matrices are stored in which format."""
     resident: tuple[ResidentTensor, ...]
 
 
@@ -77,7 +79,7 @@ def inspect_checkpoint(directory: str | Path) -> Report:
     return Report(
         directory, config, str(method or "none"), rows(found), tuple(found.problems),
         len(stored) - len(found.skipped), sum(tensor.nbytes for tensor in stored) - skipped_bytes,
-        len(found.skipped), skipped_bytes, residents(found, _DTYPE_BYTES[model_dtype(values)]),
+        len(found.skipped), skipped_bytes, skipped_formats(found), residents(found, _DTYPE_BYTES[model_dtype(values)]),
     )  # fmt: skip
 
 
@@ -138,6 +140,21 @@ def rows(found: Survey) -> tuple[Row, ...]:
         if native in found.expected and not native.endswith(".weight"):
             add(("sinks, ape, mHC, router biases and tables", Scheme("plain"), (), tensor.dtype), tensor.nbytes)
     return tuple(Row(*key, count, sizes[key]) for key, count in counts.items())
+
+
+def skipped_formats(found: Survey) -> dict[str, int]:
+    """The formats of the matrices that are not loaded; they need not be those of the rest."""
+    modules: dict[str, dict[str, TensorHeader]] = {}
+    for tensor in found.skipped:
+        module, _, leaf = tensor.name.rpartition(".")
+        modules.setdefault(module, {})[leaf] = tensor
+    # A matrix of a linear layer has a `weight`, `qweight` or `weight_packed`; others (mHC's) are parameters.
+    linear = {
+        module: leaves
+        for module, leaves in modules.items()
+        if any("weight" in leaf and len(tensor.shape) == 2 for leaf, tensor in leaves.items())
+    }
+    return dict(Counter(found.format_label(module, leaves) for module, leaves in linear.items()))
 
 
 def residents(found: Survey, value_bytes: int) -> tuple[ResidentTensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.survey import problem_lines, scheme_label
@@ -13,6 +13,7 @@ from .capacity import Capacity, Fit
 from .contents import Report
 
 _GIB = 1 << 30
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def as_text(report: Report, capacity: Capacity | None, reasons: Sequence[str], flags: Sequence[str]) -> str:
@@ -37,7 +38,12 @@ def as_json(report: Report, capacity: Capacity | None, reasons: Sequence[str]) -
         "layers": {kind.value: report.config.layer_kinds.count(kind) for kind in LayerKind},
         "tensors": report.tensors,
         "bytes": report.nbytes,
-        "skipped_mtp": {"tensors": report.skipped, "bytes": report.skipped_bytes},
+        "formats": _formats(report),
+        "skipped_mtp": {
+            "tensors": report.skipped,
+            "bytes": report.skipped_bytes,
+            "formats": dict(report.skipped_formats),
+        },
         "modules": [
             {
                 "module": row.module,
@@ -92,13 +98,30 @@ def _summary(report: Report) -> list[str]:
         f"{report.directory}: DeepSeek-V4, {config.num_hidden_layers} layers ({layers}), "
         f"{config.n_routed_experts} experts, hidden size {config.hidden_size}; quant_method {report.method}",
         f"{report.tensors:,} tensors, {report.nbytes:,} bytes ({_gb(report.nbytes)}, {_gib(report.nbytes)})",
+        f"matrices: {_counted(_formats(report))}",
     ]
     if report.skipped:
         lines.append(
-            f"skipped: {report.skipped:,} mtp.* tensors, {_gb(report.skipped_bytes)}; "
-            f"multi-token prediction is not supported"
+            f"skipped: {report.skipped:,} mtp.* tensors, {_gb(report.skipped_bytes)} "
+            f"(matrices: {_counted(report.skipped_formats)}); multi-token prediction is not supported"
         )
     return lines
+
+
+def _formats(report: Report) -> dict[str, int]:
+    """How many of the model's matrices are stored in which format; a stack of experts counts as one."""
+    formats: Counter[str] = Counter()
+    for row in report.rows:
+        if row.shape:
+            plain = row.scheme.kind == "plain"
+            formats[f"plain {_DTYPE_NAMES.get(row.dtype, row.dtype)}" if plain else scheme_label(row.scheme)] += (
+                row.count
+            )
+    return dict(formats)
+
+
+def _counted(formats: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {label}" for label, count in formats.items()) or "none"
 
 
 def _module_table(report: Report) -> list[str]:

@@ -96,15 +96,33 @@ def test_a_zero_point_of_0_borrows_and_wraps_in_gptq_v1() -> None:
     assert zeros[1].tolist() == [15, 15, 15, 15]
 
 
-def test_mislabelled_auto_round_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("model-free-0.15.1-auto_round-asym", "0.15.1) stores asymmetric zero points minus one"),
+        ("model-free-0.16.1-auto_round:auto_gptq-asym", "0.16.1) stores asymmetric zero points as they are"),
+        ("model-free-0.16.1-auto_round", "0.16.1) stores symmetric zero points minus one"),
+    ],
+)
+def test_a_label_that_is_not_the_layout_is_said_once(case: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     warning_once.cache_clear()
-    case = CASES["auto-round"]["mislabelled-asym"]()
     with caplog.at_level("WARNING", logger="vllm.deepseek_v4flash"):
-        described(case)
-        described(case)
-        described(CASES["auto-round"]["as-labelled-asym"]())
+        for name in (case, case, "as-labelled-asym", "model-free-0.16.1-auto_round-asym"):
+            described(CASES["auto-round"][name.replace("auto_round:", "")]())
     assert [record.name for record in caplog.records] == ["vllm.deepseek_v4flash.checkpoint.formats.auto_round"]
-    assert "read as 'auto_round:auto_gptq'" in caplog.text
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("version", [None, "", "main", "0.16.0.dev12+gabc", "0.16.0rc1", 16])
+def test_asymmetric_zero_points_of_an_unknown_release_are_refused(version: object) -> None:
+    case = CASES["auto-round"]["model-free-0.16.1-auto_round-asym"]()
+    case.config["autoround_version"] = version
+    with pytest.raises(QuantizationError, match=r"autoround_version=.*minus one before 0\.16, as it is since"):
+        described(case)
+    # Both store a symmetric zero point minus one.
+    case = CASES["auto-round"]["model-free-0.16.1-auto_round"]()
+    case.config["autoround_version"] = version
+    assert described(case).source == "gptq_v1"
 
 
 def test_unknown_method() -> None:

@@ -55,6 +55,19 @@ def test_names(pattern: str, module: str) -> None:
         ("layers.5", "layers.50.attn.wo_a", False),
         ("layers.5", "layers.15.attn.wo_a", False),
         ("wo", "layers.5.attn.wo_a", False),
+        # The indexer is inside the compressor to transformers, next to it to DeepSeek.
+        ("compressor", "layers.1.attn.compressor.wkv", True),
+        ("compressor", "layers.1.attn.indexer.compressor.wkv", True),
+        ("compressor", "layers.1.attn.indexer.wq_b", False),
+        ("compressor", "layers.1.attn.indexer.weights_proj", False),
+        ("attn.compressor", "layers.1.attn.indexer.wq_b", False),
+        ("attn.compressor", "layers.1.attn.compressor.wkv", True),
+        # Only transformers has these words, so they mean what they mean there.
+        ("self_attn.compressor", "layers.1.attn.indexer.wq_b", True),
+        ("gate_proj", "layers.1.attn.compressor.wgate", True),
+        ("indexer", "layers.1.attn.indexer.wq_b", True),
+        ("layers.1.attn.compressor", "layers.1.attn.compressor.wgate", True),
+        ("self_attn.wq_b", "layers.1.attn.wq_b", True),
     ],
 )
 def test_parts_of_names(pattern: str, module: str, found: bool) -> None:
@@ -124,6 +137,20 @@ def test_a_regex_that_is_right_in_one_spelling_only_leaves_it_to_the_tensors() -
     assert describe(compressed, wgate, ignore=["re:.*gate$"]).kind == "int4"
     with pytest.raises(QuantizationError, match="`ignore` leaves this module unquantised"):
         describe(compressed, "layers.1.ffn.gate", ignore=["re:.*gate$"])
+
+
+@pytest.mark.parametrize("word", ["compressor", "attn.compressor"])
+def test_a_word_that_is_right_in_one_spelling_only_leaves_it_to_the_tensors(word: str) -> None:
+    auto_round, awq = CASES["auto-round"]["auto_gptq"](), CASES["awq"]["g64-asym"]()
+    wq_b, wkv = "layers.1.attn.indexer.wq_b", "layers.1.attn.compressor.wkv"
+    assert describe(auto_round, wq_b, extra_config={word: {"bits": 16}}).kind == "int4"
+    assert describe(awq, wq_b, modules_to_not_convert=[word]).kind == "int4"
+    for case, key, value in (
+        (auto_round, "extra_config", {word: {"bits": 16}}),
+        (awq, "modules_to_not_convert", [word]),
+    ):
+        with pytest.raises(QuantizationError, match="leaves this module unquantised"):
+            describe(case, wkv, **{key: value})
 
 
 def test_gptq_dynamic_takes_the_first_match() -> None:

@@ -1,13 +1,17 @@
 """AutoRound's own config, on top of GPTQ's and AWQ's layouts.
 
 `packing_format` is the layout: `auto_round:auto_gptq` (zero points stored minus one), `auto_round:gptqmodel` and plain
-`auto_round` (stored as is), or `auto_round:auto_awq`. One label is wrong: AutoRound's model-free path labels asymmetric
-weights `auto_round` although it stores zero points minus one. They are read accordingly, with a warning.
+`auto_round` (stored as is), or `auto_round:auto_awq`.
+
+The label does not tell how AutoRound's model-free path stored a zero point. Before 0.16 it took one off every zero
+point, under both labels. Since 0.16 it does so for symmetric weights only, and the label is that of most weights:
+a layer that `extra_config` makes symmetric or asymmetric keeps the layout of its own kind.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -29,9 +33,12 @@ _LAYOUTS = {
     "auto_round:auto_awq": awq.SOURCE,
 }
 _REGEX_CHARACTERS = set(r"*+?^$()[]{}|\\")
+_GPTQ_LABELS = ("auto_round:auto_gptq", "auto_round")
+# The release whose model-free path stores asymmetric zero points as they are.
+_ZEROS_AS_THEY_ARE = (0, 16)
 _MISLABELLED = (
-    "packing_format='auto_round' in quantization_config: AutoRound's model-free path (%s) wrote it, which stores "
-    "asymmetric zero points minus one; read as 'auto_round:auto_gptq'."
+    "packing_format=%r in quantization_config: AutoRound's model-free path (version %s) stores %s zero points %s, "
+    "whatever the label says; read accordingly."
 )
 
 
@@ -56,6 +63,28 @@ def _regexes(keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if not _REGEX_CHARACTERS.isdisjoint(key))
 
 
+def _model_free_layout(config: Mapping[str, Any], label: str, module: str, symmetric: bool) -> str:
+    """How the model-free path of the AutoRound that wrote the checkpoint stored this module's zero points."""
+    version = config.get("autoround_version")
+    if symmetric:
+        layout = gptq.V1
+    else:
+        # A development version may be from before or after the change.
+        release = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)*(?:\.?post\d+)?(?:\+.*)?", str(version))
+        if release is None:
+            refuse_value(
+                module, "autoround_version", version,
+                "the release that wrote the checkpoint, because it decides how an asymmetric zero point is stored: "
+                "minus one before 0.16, as it is since",
+            )  # fmt: skip
+        layout = gptq.V2 if (int(release[1]), int(release[2])) >= _ZEROS_AS_THEY_ARE else gptq.V1
+    if layout != _LAYOUTS[label]:
+        kind = "symmetric" if symmetric else "asymmetric"
+        stored = "minus one" if layout == gptq.V1 else "as they are"
+        warning_once(logger, _MISLABELLED, label, str(version), kind, stored)
+    return layout
+
+
 def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, TensorHeader]) -> Scheme:
     if "qweight" not in leaves:
         return floats.describe(module, leaves, "auto-round")
@@ -77,9 +106,8 @@ def describe(config: Mapping[str, Any], module: str, leaves: Mapping[str, Tensor
     if excluded is not None:
         refuse_excluded(module, "qweight", excluded, "`modules_to_not_convert`")
     source = _LAYOUTS[label]
-    if label == "auto_round" and config.get("model_free"):
-        source = gptq.V1
-        warning_once(logger, _MISLABELLED, str(config.get("autoround_version", "no version given")))
+    if label in _GPTQ_LABELS and config.get("model_free"):
+        source = _model_free_layout(config, label, module, bool(symmetric))
     if data_type != "int":
         bits = f"{bits} ({data_type})"
     settings = gptq.Settings(bits, group_size, bool(symmetric))

@@ -25,7 +25,10 @@ class Format:
         repack: `(leaves, scheme)` to the canonical tensors of `ops/packed_weight.py`.
         dequantise: `(leaves, scheme)` to fp32 [N, K], straight from the stored tensors: the reference.
 
-    The last three raise QuantizationError, naming the module, the tensor, what it has and what it should have.
+        transposes_embedding: Whether a tool packs `embed` as a layer from tokens to channels. Its scheme then has the
+            shape [channels, tokens].
+
+    The callables raise QuantizationError, naming the module, the tensor, what it has and what it should have.
     """
 
     name: str
@@ -33,3 +36,4 @@ class Format:
     describe: Callable[[Mapping[str, Any], str, Mapping[str, TensorHeader]], Scheme]
     repack: Callable[[Mapping[str, torch.Tensor], Scheme], dict[str, torch.Tensor]]
     dequantise: Callable[[Mapping[str, torch.Tensor], Scheme], torch.Tensor]
+    transposes_embedding: bool = False

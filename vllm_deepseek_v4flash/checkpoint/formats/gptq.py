@@ -6,6 +6,8 @@ word; `scales` [G, N]; `g_idx` int32 [K], the group of each input row; the rows 
 Format v1 stores every zero point minus one, `gptq_v2` the zero point itself. The tools that write v1 subtract
 0x11111111 from whole words, so that a zero point of 0 borrows from its neighbour. Adding it back to whole words, as
 GPTQModel does, undoes that; adding it nibble by nibble would not.
+
+GPTQModel packs an embedding along its tokens: `qweight` [tokens/8, channels], `scales` [G, channels].
 """
 
 from __future__ import annotations
@@ -196,4 +198,4 @@ def dequantise(leaves: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tens
     return ((codes - zeros[groups]).float() * leaves["scales"].float()[groups] + 0.0).t().contiguous()
 
 
-FORMAT = Format("gptq", ("gptq",), describe, repack, dequantise)
+FORMAT = Format("gptq", ("gptq",), describe, repack, dequantise, transposes_embedding=True)

@@ -7,13 +7,13 @@ the module.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Literal
 
-from ...ops.packed_weight import QuantizationError
-from ..names import Style, native_name, stored_name
+from ..names import TABLE, Style, native_name, stored_name
+from .regular import rule
 
 # "all": the pattern matches the module in both DeepSeek's and transformers' spelling. "some": in only one of them, so
 # it may have been written for the other (`.*gate$` is the router in transformers' names, and in DeepSeek's also the
@@ -57,16 +57,58 @@ def is_module(pattern: str, module: str) -> bool:
     return pattern == module or _native(pattern) == module
 
 
+@cache
+def _vocabulary() -> tuple[str, str]:
+    """Every module's name in DeepSeek's and in transformers' spelling, with dots around it and `*` for a number."""
+    deepseek, transformers = set(), set()
+    for row in TABLE:
+        prefix = "model." if row.where == "global" else "model.layers.*."
+        deepseek |= {prefix + name.removeprefix("model.") for name in (row.native, row.saved) if name is not None}
+        transformers.add(prefix + row.transformers.removeprefix("model."))
+    return _with_dots(deepseek), _with_dots(transformers)
+
+
+def _with_dots(names: Iterable[str]) -> str:
+    return "\n".join(f".{name}." for name in names)
+
+
 @lru_cache(maxsize=1 << 17)
-def _dotted(module: str) -> tuple[str, frozenset[str]]:
-    """The module's spellings with dots around them, and all their components."""
-    names = [name for names in spellings(module) for name in names]
-    return "\n".join(f".{name}." for name in names), frozenset(part for name in names for part in name.split("."))
+def _dotted(module: str) -> tuple[tuple[str, str, str], frozenset[str]]:
+    """The module's spellings by family, with dots around them, and all their components."""
+    deepseek, transformers, mixed = spellings(module)
+    components = frozenset(
+        part for names in (deepseek, transformers, mixed) for name in names for part in name.split(".")
+    )
+    return (_with_dots(deepseek), _with_dots(transformers), _with_dots(mixed)), components
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A pattern that is a part of names: its last component, itself with dots, and which spellings have such a part."""
+
+    pattern: str
+    last: str
+    dotted: str
+    in_deepseek: bool
+    in_transformers: bool
+
+    def selects(self, names: tuple[str, str, str]) -> bool:
+        deepseek, transformers, mixed = (self.dotted in text for text in names)
+        if self.in_deepseek and self.in_transformers:
+            return deepseek and transformers
+        return deepseek if self.in_deepseek else transformers if self.in_transformers else mixed
+
+
+def _part(pattern: str) -> _Part:
+    bare = pattern.strip(".")
+    general = "." + ".".join("*" if part.isdecimal() else part for part in bare.split(".")) + "."
+    deepseek, transformers = (general in text for text in _vocabulary())
+    return _Part(pattern, bare.rpartition(".")[2], f".{bare}.", deepseek, transformers)
 
 
 @lru_cache(maxsize=64)
-def _classified(patterns: tuple[str, ...]) -> tuple[dict[str, str], tuple[tuple[str, str, str], ...]]:
-    """Patterns that are a module's name, keyed by DeepSeek's name; the others with last component and dots."""
+def _classified(patterns: tuple[str, ...]) -> tuple[dict[str, str], tuple[_Part, ...]]:
+    """Patterns that are a module's name, keyed by DeepSeek's name, and the others."""
     exact: dict[str, str] = {}
     parts = []
     for pattern in patterns:
@@ -74,42 +116,42 @@ def _classified(patterns: tuple[str, ...]) -> tuple[dict[str, str], tuple[tuple[
         if name is not None:
             exact.setdefault(name, pattern)
         else:
-            bare = pattern.strip(".")
-            parts.append((bare.rpartition(".")[2], f".{bare}.", pattern))
+            parts.append(_part(pattern))
     return exact, tuple(parts)
 
 
 def find_name(patterns: Iterable[str], module: str) -> str | None:
     """The pattern that is the module's name, else the first that is one or more whole components of it.
 
-    `mlp.gate`, `wo_a` and `layers.3` are components. A config may hold hundreds of patterns and a checkpoint
-    has tens of thousands of modules, so the patterns are classified once.
+    `mlp.gate`, `wo_a` and `layers.3` are components. One that occurs in both spellings, but in this module's name in
+    one only, selects nothing: it may have been written for the other (`compressor` contains the indexer to
+    transformers, not to DeepSeek).
+
+    A config may hold hundreds of patterns and a checkpoint has tens of thousands of modules, so the patterns are
+    classified once.
     """
     exact, parts = _classified(tuple(patterns))
     if module in exact:
         return exact[module]
     if not parts:
         return None
-    text, components = _dotted(module)
-    return next((pattern for last, dotted, pattern in parts if last in components and dotted in text), None)
-
-
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise QuantizationError(
-            f"quantization_config holds {pattern!r}, which is not a regular expression: {error}. Correct it."
-        ) from error
+    names, components = _dotted(module)
+    return next((part.pattern for part in parts if part.last in components and part.selects(names)), None)
 
 
 def regex_match(pattern: str, module: str, anchored: bool) -> Match:
-    """How a regular expression fits the module; `anchored` ones must match from the start of the name."""
-    compiled = _compiled(pattern)
-    search: Callable[[str], object] = compiled.match if anchored else compiled.search
+    """How a regular expression fits the module; `anchored` ones must match from the start of the name.
+
+    Raises:
+        PatternError: it is not a regular expression, or matching takes too long.
+    """
+    expression = rule(pattern)
+    if not any(expression.needed in text for text in _dotted(module)[0]):
+        return "none"
     deepseek, transformers, mixed = spellings(module)
-    in_deepseek, in_transformers = any(map(search, deepseek)), any(map(search, transformers))
-    if in_deepseek and in_transformers:
-        return "all"
-    return "some" if in_deepseek or in_transformers or any(map(search, mixed)) else "none"
+    with expression.timed():
+        search: Callable[[str], object] = expression.compiled.match if anchored else expression.compiled.search
+        in_deepseek, in_transformers = any(map(search, deepseek)), any(map(search, transformers))
+        if in_deepseek and in_transformers:
+            return "all"
+        return "some" if in_deepseek or in_transformers or any(map(search, mixed)) else "none"
