@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import DeepseekV4Config
+from ..config import DeepseekV4Config, printable, shown
 from ..ops.packed_weight import QuantizationError, Scheme
 from . import names
 from .errors import CheckpointError
@@ -23,6 +23,8 @@ from .plan import PackedModule
 _INTEGER_CODES = ("I64", "I32")
 # How many problems of one kind are listed; the counts are complete.
 _MAX_LISTED = 20
+# More than any V4 has (Pro: 72,000), in two steps: those of a layer without its experts, and all.
+_LAYER_TENSORS, _MANY_TENSORS = 25, 200_000
 
 Kind = Literal[
     "config", "unexpected", "duplicate", "missing", "mis-shaped", "mis-typed", "mis-valued", "format", "unplaceable"
@@ -59,11 +61,28 @@ def survey(
     config: DeepseekV4Config, quantization_config: Mapping[str, Any] | None, headers: Iterable[TensorHeader]
 ) -> Survey:
     """The survey of a whole checkpoint, finished."""
+    headers = list(headers)
+    _check_size(config, len(headers))
     whole = Survey(config, quantization_config)
     for header in headers:
         whole.take(header)
     whole.finish()
     return whole
+
+
+def _check_size(config: DeepseekV4Config, stored: int) -> None:
+    """Refuse a config that asks for far more tensors than there are, before they are listed one by one.
+
+    Raises:
+        CheckpointError: with the fields and the numbers.
+    """
+    layers, experts = config.num_hidden_layers, config.n_routed_experts
+    asked = layers * (_LAYER_TENSORS + 3 * experts)
+    if asked > max(_MANY_TENSORS, 3 * stored):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers={layers} and n_routed_experts={experts}: that is a model of {asked:,} "
+            f"tensors, and the checkpoint has {stored:,}. Correct config.json, or download the other shards."
+        )
 
 
 class Survey:
@@ -93,7 +112,7 @@ class Survey:
         # The stored name of the fused tensor that holds an expert's matrix, by the matrix' native name.
         self._fused_in: dict[str, str] = {}
         if quantization_config is not None and not isinstance(quantization_config, Mapping):
-            self.add("config", "quantization_config", f"is {quantization_config!r}, should be an object")
+            self.add("config", "quantization_config", f"is {shown(quantization_config)}, should be an object")
             return
         self._quantization = quantization_config or {}
         try:
@@ -154,6 +173,11 @@ class Survey:
                 files = {header.file.name for header in leaves.values()}
                 plan[module] = PackedModule(self._format, scheme, frozenset(leaves), tuple(sorted(files)))
         return plan
+
+    def stored_name(self, native: str) -> str | None:
+        """The stored tensor that holds a native one; None if it has not been taken, or is packed."""
+        header = self.tensors.get(native)
+        return self._fused_in.get(native) if header is None else header.name
 
     def _place(self, native: str) -> Place | None:
         module, _, leaf = native.rpartition(".")
@@ -231,7 +255,7 @@ def problem_lines(problems: Sequence[Problem], rest: str) -> list[str]:
     for problem in problems:
         shown[problem.kind] += 1
         if shown[problem.kind] <= _MAX_LISTED:
-            lines.append(f"  {problem.kind}: {problem.name}: {problem.text}")
+            lines.append(f"  {problem.kind}: {printable(problem.name)}: {printable(problem.text)}")
     for kind, count in counts.items():
         if count > _MAX_LISTED:
             lines.append(f"  ... and {count - _MAX_LISTED:,} more {kind} ({rest})")
