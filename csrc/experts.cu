@@ -222,8 +222,10 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   for (int i = threadIdx.x; i < 16 * count; i += 32 * kWarps) {
     const int row = i % 16, pair = shared.members[i / 16];
     if (first + row >= inner) continue;
-    const float gate = fminf(add_warps(shared, row, i / 16), limit);
-    const float up = fminf(fmaxf(add_warps(shared, 16 + row, i / 16), -limit), limit);
+    // Not fminf and fmaxf, which give the limit for NaN.
+    const float w1 = add_warps(shared, row, i / 16), w3 = add_warps(shared, 16 + row, i / 16);
+    const float gate = w1 > limit ? limit : w1;
+    const float up = w3 > limit ? limit : w3 < -limit ? -limit : w3;
     const float value = gate / (1.0f + expf(-gate)) * up * routing.weights[pair];
     activation[static_cast<long long>(pair) * inner + first + row] = round_to_bf16(value);
   }

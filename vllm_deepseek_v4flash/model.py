@@ -180,6 +180,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         prepare(torch.get_default_device())
         self.config = DeepseekV4Config.from_hf(vllm_config.model_config.hf_config)
         self.quant_config = vllm_config.quant_config
+        self.device, self.dtype = torch.get_default_device(), vllm_config.model_config.dtype
         self.model = DeepseekV4Model(self.config, vllm_config, maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.head = ParallelLMHead(
@@ -224,5 +225,5 @@ class DeepseekV4ForCausalLM(nn.Module):
             self, self.config, weights, local_layers=layers, local_experts=experts.held,
             first_stage=stage.is_first_rank, last_stage=stage.is_last_rank,
             quantization=getattr(self.quant_config, "source", None), packed=getattr(self.quant_config, "plan", None),
-            merged=merged_parts(self),
+            merged=merged_parts(self), device=self.device, dtype=self.dtype,
         )  # fmt: skip

@@ -54,6 +54,16 @@ def test_clamp(make, limit):
     assert (problem.run(limit) != problem.run(10.0)).any() == (limit is not None)
 
 
+@pytest.mark.parametrize("limit", [0.05, None])
+def test_a_nan_goes_through(make, limit):
+    problem = make()
+    finite = problem.run(limit)
+    problem.x[1, 3] = torch.nan
+    actual = problem.run(limit)
+    assert actual[1].isnan().all()
+    assert_exact(actual[[0, 2]], finite[[0, 2]])
+
+
 def write(tensors, scheme, at, values, exponent=0):
     """Make one weight of a stack hold `values` [N, K], whole numbers from 0 to 4, times 2^exponent."""
     if scheme.kind == "fp4":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from testing.integration import engine_config, write_config
+from vllm_deepseek_v4flash.config import MODEL_TYPE
+from vllm_deepseek_v4flash.integration.quantization import NAME, DeepseekV4QuantConfig
+from vllm_deepseek_v4flash.integration.refusals import HYBRID_CONNECTORS
 from vllm_deepseek_v4flash.integration.switch import DISABLE_ENV
 
 # What and its value, why, what to do; vLLM puts its own words around what the hook for a model raises.
@@ -67,6 +71,45 @@ REFUSED = {
         {},
         ["--data-parallel-size=2: ", "--enable-expert-parallel", "Drop one of the two options"],
     ),
+    "attention backend": (
+        {"attention_backend": "CPU_ATTN"},
+        {},
+        ["--attention-backend=CPU_ATTN: has no effect", "Start without it; VLLM_DEEPSEEK_V4FLASH_OPS chooses"],
+    ),
+    "moe backend": ({"moe_backend": "triton"}, {}, ["--moe-backend=triton: has no effect", "Start without it"]),
+    "skip layers": (
+        {"kv_cache_dtype_skip_layers": ["0"]},
+        {},
+        ["--kv-cache-dtype-skip-layers=['0']: has no effect", "Start without it"],
+    ),
+    "block size": ({"block_size": 16}, {}, ["--block-size=16: ", "take blocks of 256", "Start without --block-size."]),
+    "no hybrid manager": (
+        {"disable_hybrid_kv_cache_manager": True},
+        {},
+        ["--disable-hybrid-kv-cache-manager=True: ", "Start without it."],
+    ),
+    "connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        {},
+        ["--kv-transfer-config.kv_connector='ExampleConnector': ", "OffloadingConnector", "or start without"],
+    ),
+    "pooling": ({"runner": "pooling"}, {}, ["--runner=pooling: ", "Start without --runner and --convert."]),
+    "other quantization": (
+        {"quantization": "fp8"},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
+        ["--quantization=fp8: config.json says quant_method 'gptq'", "Start without --quantization."],
+    ),
+    "sharded state": (
+        {"load_format": "sharded_state"},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
+        ["--load-format=sharded_state: not supported for packed weights", "Serve the checkpoint itself"],
+    ),
+    "transformers": (
+        {"model_impl": "transformers"},
+        {},
+        ["--model-impl=transformers: ", "Start without --model-impl."],
+    ),
+    "eos": ({}, {"eos_token_id": 264}, ["eos_token_id=264: must be less than vocab_size=264. Correct it"]),
     "config value": (
         {},
         {"hc_mult": 0},
@@ -122,3 +165,21 @@ def test_a_pipeline_stage_without_a_kind_of_layer_is_refused(tmp_path):
     model = write_config(tmp_path / "model", num_hidden_layers=6, compress_ratios=[0, 4, 128, 4, 4, 4, 0])
     with pytest.raises(ValueError, match=r"stage 1, layers 3 to 5, has no HCA layer.*VLLM_PP_LAYER_PARTITION"):
         engine_config(model, pipeline_parallel_size=2)
+
+
+@pytest.mark.usefixtures("registered")
+def test_connectors_that_are_recommended_support_the_hybrid_manager():
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    for name in HYBRID_CONNECTORS:
+        config = KVTransferConfig(kv_connector=name, kv_role="kv_both")
+        assert KVConnectorFactory.supports_hma_config(config), name
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("method", ["GPTQ", "gptq"])
+def test_the_checkpoints_own_quantization_may_be_asked_for(method):
+    hf_config = SimpleNamespace(model_type=MODEL_TYPE, vision_n_layers=0)
+    source = {"quant_method": "gptq"}
+    assert DeepseekV4QuantConfig.override_quantization_method(source, method, hf_config) == NAME

@@ -153,6 +153,16 @@ def test_one_call(device, rng, kind, fmt, dtype):
     problem.check([length])
 
 
+@pytest.mark.parametrize("fmt", [*ENTRY_FORMATS.values(), RowFormat.fp4(64)], ids=[*ENTRY_FORMATS, "fp4"])
+@pytest.mark.parametrize("inputs", ["kv", "gate"])
+def test_a_nan_reaches_its_entry_and_no_other(device, rng, fmt, inputs):
+    problem = Problem(rng, device, lengths=[8], fmt=fmt, ratio=4, overlap=False)
+    getattr(problem, inputs)[0][1, 3] = math.nan
+    problem.step(tokens(0, 0, 8))
+    assert problem.entries.get(0, 0).isnan().all()
+    assert problem.entries.get(0, 1).isfinite().all()
+
+
 @pytest.mark.parametrize("pieces", [[1] * 26, [3, 4, 5, 1, 13], [7, 19], [4, 8, 12, 2], [25, 1]], ids=str)
 @pytest.mark.parametrize(("ratio", "overlap"), [(4, True), (4, False), (8, True), (5, False)])
 def test_pieces_give_what_one_call_gives(device, rng, pieces, ratio, overlap):

@@ -106,6 +106,21 @@ def test_unrotated_kv_values_are_the_codec_of_the_input(device, rng):
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [3, DIM - 1])
+def test_a_row_that_is_not_finite_stays_so(device, rng, fmt, value, at):
+    cache = make_cache(fmt, 4, [2], rng, device)
+    kv = normal(rng, 2, DIM, device=device)
+    kv[0, at] = value
+    slots = torch.tensor([cache.slot(0, n) for n in range(2)], device=device)
+    q = qnorm_rope_kv_insert(kv[:, None], kv, table([1, 1], device), cache.rows, slots, eps=1e-6)
+    assert not cache.get(0, 0)[at].isfinite()
+    assert not q[0, 0, at].isfinite()
+    for read in cache.get(0, 1), q[1]:
+        assert read.isfinite().all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_pages_past_32_bit_offsets_are_written(device, rng, fmt):
     far, near = (
         make_cache(fmt, 3, [8], torch.Generator().manual_seed(1), device, far=far) for far in (True, False)

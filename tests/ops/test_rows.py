@@ -151,6 +151,25 @@ def test_e2m1_floor_of_a_zero_row(device):
     assert set(data) == {0}
 
 
+@pytest.mark.parametrize("fmt", [RowFormat.fp8(192, 64), RowFormat.fp4(64)], ids=["fp8", "fp4"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_block_that_is_not_finite_is_read_as_nan(device, rng, fmt, value):
+    values = normal(rng, fmt.dim)
+    whole = stored(fmt, device, values)
+    values[fmt.block + 1] = value
+    data, scales = stored(fmt, device, values)
+    # The transform of a 4-bit row spreads the value over all blocks.
+    blocks = range(2) if fmt.codec == "e2m1" else [1]
+    actual = one_row(fmt, device, data, scales)
+    for block in range(fmt.quantised // fmt.block):
+        part = slice(block * fmt.block, (block + 1) * fmt.block)
+        if block in blocks:
+            assert scales[block] == 255
+            assert actual[part].isnan().all()
+        else:
+            assert_exact(actual[part], one_row(fmt, device, *whole)[part])
+
+
 @pytest.mark.parametrize("quantised", [1, 40, 41, 63, 65])
 def test_last_block_may_be_short_and_odd(device, rng, quantised):
     fmt = RowFormat.fp8(quantised + 8, 8)

@@ -232,6 +232,53 @@ def test_nothing_to_attend_to_gives_zeros(device, rng):
     assert not problem.check(4)[0].any()
 
 
+@pytest.mark.parametrize(
+    ("value", "where", "row"),
+    [
+        (math.nan, "query", 0),
+        (math.nan, "window", 34),
+        (math.inf, "window", 70),
+        (math.nan, "entries", 16),
+        (-math.inf, "entries", 0),
+    ],
+)
+def test_a_nan_goes_through(device, rng, fmt, value, where, row):
+    """What sees a NaN or an infinity is not finite; what does not is what it was."""
+    problem = Problem(rng, device, fmt=fmt, lengths=[71, 9], asked=[(0, 70), (1, 8)], ratio=4)
+    lists = [list(range(17)), list(range(2)) + [-1] * 15] if row % 4 == 0 else None
+    whole = problem.run(37, lists)
+    if where == "query":
+        problem.q[0, :, 5] = value
+    else:
+        cache = problem.window.rows if where == "window" else problem.entries.rows
+        at = cache.locate(torch.tensor([0], device=device), torch.tensor([row], device=device))
+        write_rows(cache, *at, torch.ones(1, DIM, device=device).index_fill(1, torch.tensor(5, device=device), value))
+    actual = problem.run(37, lists)
+    if math.isnan(value):
+        assert actual[0].isnan().all()
+    else:
+        assert not actual[0].isfinite().all(-1).any()
+    assert_exact(actual[1], whole[1])
+
+
+def test_a_nan_goes_through_many_programs(device, rng):
+    """Where a token's keys are divided, the sums of a part whose scores are all NaN are merged with the others."""
+    problem = Problem(rng, device, lengths=[151], asked=[(0, 150)], heads=5, ratio=4)
+    problem.max_entries = 8192
+    problem.q[0, 1, 3] = math.nan
+    actual = problem.run(100)[0]
+    assert actual[1].isnan().all()
+    assert actual[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_a_nan_sink_goes_through(device, rng):
+    problem = Problem(rng, device, lengths=[8], asked=[(0, 4)], ratio=4)
+    problem.sinks[1] = math.nan
+    actual = problem.run(4)[0]
+    assert actual[1].isnan().all()
+    assert actual[[0, 2]].isfinite().all()
+
+
 def test_no_tokens(device, rng):
     for ratio in (0, 4):
         assert Problem(rng, device, lengths=[8], asked=[], ratio=ratio).run(4).shape == (0, 3, DIM)

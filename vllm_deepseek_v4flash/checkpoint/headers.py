@@ -6,13 +6,13 @@ header divides without gaps. Anything inconsistent is refused here, before a loa
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import parse_json, printable, shown
 from .errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -30,8 +30,10 @@ PLAIN_CODES = (*FLOAT_CODES, "F64")
 # safetensors' own limit; other files have an absurd length here.
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
+_LONGEST_NAME = 255  # bytes, in the file systems of Linux
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _MAX_LISTED = 5
+_MAX_DIMENSIONS, _LARGEST = 64, 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
         )
     index = _read_index(directory / INDEX)
     files = sorted(set(index.values())) if index is not None else _list_files(directory)
-    missing = [file for file in files if not (directory / file).is_file()]
+    missing = [file for file in files if not _is_file(directory / file)]
     if missing:
         raise CheckpointError(
             f"{directory}: {len(missing)} of the {len(files)} shards that {INDEX} lists are missing: "
@@ -104,6 +106,25 @@ def read_file_header(file: Path) -> list[TensorHeader]:
     Raises:
         CheckpointError: see `read_headers`.
     """
+    try:
+        size, length, text = _read_header_text(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        raise _broken(file, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _broken(file, f"its header is a JSON {type(header).__name__}, not an object")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: tensor.offsets)
+    _check_extent(file, tensors, 8 + length, size)
+    return tensors
+
+
+def _read_header_text(file: Path) -> tuple[int, int, bytes]:
+    """The sizes of the file and of its header, and the header."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -118,18 +139,7 @@ def read_file_header(file: Path) -> list[TensorHeader]:
             raise _broken(file, f"its {size} bytes do not start with the length of a header up to {_MAX_HEADER} bytes")
         if 8 + length > size:
             raise _truncated(file, size, f"its header alone needs {8 + length}")
-        text = stream.read(length)
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise _broken(file, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _broken(file, f"its header is a JSON {type(header).__name__}, not an object")
-    header.pop("__metadata__", None)
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: tensor.offsets)
-    _check_extent(file, tensors, 8 + length, size)
-    return tensors
+        return size, length, stream.read(length)
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
@@ -137,7 +147,9 @@ def _read_index(path: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = parse_json(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
@@ -145,12 +157,24 @@ def _read_index(path: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{path} has no weight_map from tensor names to shard files. Download it again.")
     for name, file in weight_map.items():
         # vLLM looks for shards in the checkpoint's own directory only.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not _is_file_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path} places tensor {name} in {file!r}: it must be a *.safetensors file of the same directory. "
-                f"Download the index again."
+                f"{path} places tensor {printable(name)} in {shown(file)}: it must be a *.safetensors file of the same "
+                f"directory. Download the index again."
             )
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file of the same directory can have this name."""
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _list_files(directory: Path) -> list[str]:
@@ -170,13 +194,19 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         bits = DTYPE_BITS.get(dtype)
-        numbers_are_sane = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        numbers_are_sane = all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
-        raise _broken(file, f"tensor {name} is described as {entry!r}") from error
+        raise _broken(file, f"tensor {printable(name)} is described as {shown(entry)}") from error
     if bits is None:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if not numbers_are_sane or (end - begin) * 8 != math.prod(shape) * bits:
-        raise _broken(file, f"tensor {name}, {dtype} {list(shape)}, does not fill its bytes {begin!r} to {end!r}")
+        raise CheckpointError(
+            f"{file}: tensor {printable(name)} has dtype {shown(dtype)}, which is not known. Use a checkpoint with "
+            f"dtypes of {', '.join(DTYPE_BITS)}."
+        )
+    if not name.isprintable():
+        raise _broken(file, f"the name of tensor {printable(name)} has characters that no name has")
+    if len(shape) > _MAX_DIMENSIONS or not numbers_are_sane or (end - begin) * 8 != math.prod(shape) * bits:
+        text = f"tensor {name}, {dtype} {shown(list(shape))}, does not fill its bytes {shown(begin)} to {shown(end)}"
+        raise _broken(file, text)
     return TensorHeader(dtype, shape, name, file, (start + begin, start + end))
 
 
@@ -201,9 +231,13 @@ def _check_index(directory: Path, index: dict[str, str], tensors: dict[str, Tens
         if tensor is None or tensor.file.name != file:
             found = f"; it is in {tensor.file.name}" if tensor is not None else " nor in any other listed shard"
             raise CheckpointError(
-                f"{directory}: {INDEX} places tensor {name} in {file}, but it is not there{found}. The index and the "
-                f"shards come from different revisions: download both again."
+                f"{directory}: {INDEX} places tensor {printable(name)} in {file}, but it is not there{found}. The "
+                f"index and the shards come from different revisions: download both again."
             )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error.strerror}. Put a readable file there, or download it again.")
 
 
 def _truncated(file: Path, size: int, should: str) -> CheckpointError:

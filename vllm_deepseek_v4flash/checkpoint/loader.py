@@ -24,6 +24,7 @@ from .errors import CheckpointError as CheckpointError
 from .formats.common import check_bias
 from .plan import HELD_UNPACKED, PackedModule
 from .survey import Place, Survey, label, refuse
+from .values import check_packed_values, check_values
 
 logger = logging.getLogger(logger_name(__name__))
 
@@ -42,6 +43,8 @@ def load_weights(
     quantization: Mapping[str, Any] | None = None,
     packed: Mapping[str, PackedModule] | None = None,
     merged: Mapping[str, tuple[str, int]] | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> set[str]:
     """Load a checkpoint, whatever its tensor names and formats.
 
@@ -63,6 +66,9 @@ def load_weights(
             `<module>.<its name>`, or for experts to `w13_<its name>` and `w2_<its name>`.
         merged: where a native module's tensors are rows of a merged layer's: the layer's name in the model and the
             module's place in it. The `weight_loader(parameter, tensor, place)` of its parameters puts them there.
+        device: the model's, where packed weights are repacked; None for that of its first parameter. While vLLM
+            reloads weights, parameters are on no device.
+        dtype: the model's, in which packed weights are multiplied.
 
     Returns:
         The names of the parameters that were filled.
@@ -70,11 +76,11 @@ def load_weights(
     Raises:
         CheckpointError: after the last tensor, listing each unexpected, duplicate, mis-shaped, mis-typed or
             missing tensor with the shape it has and the shape it should have; at once for a packed weight with
-            values that its format does not allow.
+            values that its format does not allow, and for a value that is not finite or will not be (`values.py`).
     """
     load = _Load(
         model, Survey(config, quantization), packed or {}, merged or {},
-        local_layers, first_stage, last_stage, local_experts,
+        local_layers, first_stage, last_stage, local_experts, device or next(model.parameters()).device, dtype,
     )  # fmt: skip
     for stored, tensor in weights:
         load.take(stored, tensor)
@@ -92,6 +98,8 @@ class _Load:
     first_stage: bool
     last_stage: bool
     local_experts: Collection[int] | None
+    device: torch.device
+    dtype: torch.dtype
     pending: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     # What a second tensor of the same name in another spelling is compared with.
     first: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -100,7 +108,6 @@ class _Load:
     def __post_init__(self) -> None:
         self.config = self.survey.config
         self.parameters = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
-        self.device = next(self.model.parameters()).device
 
     def take(self, stored: str, tensor: torch.Tensor) -> None:
         """Check one stored tensor and copy it to where it belongs."""
@@ -161,6 +168,7 @@ class _Load:
             canonical = plan.repack(leaves)
         except QuantizationError as error:
             raise CheckpointError(f"{', '.join(plan.files)}: {error}") from error
+        check_packed_values(f"{', '.join(plan.files)}: {module}", canonical, plan.scheme, self.dtype)
         if module in HELD_UNPACKED:
             weight = dequantise(canonical, plan.scheme)
             self._fill(native, weight.t() if plan.transposed else weight)
@@ -206,6 +214,7 @@ class _Load:
         if parameter is None:
             self.survey.add("unplaceable", native, f"has {list(tensor.shape)}, the model has no {target}")
             return
+        check_values(self._label(native), tensor, parameter.dtype)
         loader: Callable[..., object] | None = getattr(parameter, "weight_loader", None)
         if shard is not None:
             if loader is None:
@@ -226,6 +235,10 @@ class _Load:
             with torch.no_grad():
                 parameter.copy_(tensor)
         self.filled.add(target)
+
+    def _label(self, native: str) -> str:
+        """What a message calls a native tensor: the name that it is stored under."""
+        return label(self.survey.stored_name(native) or native, native)
 
     def _is_local(self, native: str) -> bool:
         layer = names.layer_index(native)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import DeepseekV4Config
+from ..config import DeepseekV4Config, printable, shown
 from ..ops.packed_weight import QuantizationError, Scheme
 from . import names
 from .counts import check_counts
@@ -107,7 +107,7 @@ class Survey:
         # The stored name of the fused tensor that holds an expert's matrix, by the matrix' native name.
         self._fused_in: dict[str, str] = {}
         if quantization_config is not None and not isinstance(quantization_config, Mapping):
-            self.add("config", "quantization_config", f"is {quantization_config!r}, should be an object")
+            self.add("config", "quantization_config", f"is {shown(quantization_config)}, should be an object")
             return
         self._quantization = quantization_config or {}
         restart_clock()
@@ -188,6 +188,11 @@ class Survey:
             return format_label(self._format.describe(self._quantization, module, leaves))
         except QuantizationError:
             return "unknown"
+
+    def stored_name(self, native: str) -> str | None:
+        """The stored tensor that holds a native one; None if it has not been taken, or is packed."""
+        header = self.tensors.get(native)
+        return self._fused_in.get(native) if header is None else header.name
 
     def _place(self, native: str) -> Place | None:
         module, _, leaf = native.rpartition(".")
@@ -283,7 +288,7 @@ def problem_lines(problems: Sequence[Problem], rest: str) -> list[str]:
     for problem in problems:
         shown[problem.kind] += 1
         if shown[problem.kind] <= _MAX_LISTED:
-            lines.append(f"  {problem.kind}: {problem.name}: {problem.text}")
+            lines.append(f"  {problem.kind}: {printable(problem.name)}: {printable(problem.text)}")
     for kind, count in counts.items():
         if count > _MAX_LISTED:
             lines.append(f"  ... and {count - _MAX_LISTED:,} more {kind} ({rest})")

@@ -8,5 +8,16 @@ objects of vLLM and of transformers. Standard library only, so that reading a co
 from .hyper_parameters import ARCHITECTURE, BLOCK_TOKENS, MODEL_TYPE, DeepseekV4Config
 from .layer_kinds import LayerKind
 from .rotary import RopeScaling
+from .text import parse_json, printable, shown
 
-__all__ = ["ARCHITECTURE", "BLOCK_TOKENS", "MODEL_TYPE", "DeepseekV4Config", "LayerKind", "RopeScaling"]
+__all__ = [
+    "ARCHITECTURE",
+    "BLOCK_TOKENS",
+    "MODEL_TYPE",
+    "DeepseekV4Config",
+    "LayerKind",
+    "RopeScaling",
+    "parse_json",
+    "printable",
+    "shown",
+]

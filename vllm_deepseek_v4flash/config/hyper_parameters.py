@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from .layer_kinds import LayerKind, read_hash_layers, read_schedule
 from .rotary import RopeScaling, read_rope, read_rope_head_dim
 from .source import Source, as_integer, config_error
+from .text import parse_json
 
 MODEL_TYPE = "deepseek_v4"
 ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -134,7 +134,10 @@ class DeepseekV4Config:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = parse_json(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: is not JSON: {error}. Download it again.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: must be a JSON object, found {type(values).__name__}. Pass a config.json.")
         return cls.from_hf(values)
@@ -198,6 +201,10 @@ def _check_relations(config: DeepseekV4Config) -> None:
         raise config_error("index_head_dim", c.index_head_dim, f"must be at least qk_rope_head_dim={rope}")
     if c.num_attention_heads % c.o_groups:
         raise config_error("o_groups", c.o_groups, f"must divide num_attention_heads={c.num_attention_heads}")
+    for field in ("bos_token_id", "eos_token_id"):
+        tokens = getattr(c, field)
+        if max(tokens if isinstance(tokens, tuple) else (tokens,), default=0) >= c.vocab_size:
+            raise config_error(field, tokens, f"must be less than vocab_size={c.vocab_size}")
     if c.num_experts_per_tok > c.n_routed_experts:
         raise config_error(
             "num_experts_per_tok", c.num_experts_per_tok, f"must be at most n_routed_experts={c.n_routed_experts}"

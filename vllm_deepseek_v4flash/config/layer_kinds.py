@@ -62,7 +62,7 @@ def _schedule_from_layer_types(source: Source, saved: Any, n_layers: int) -> Sch
     if len(entries) != n_layers:
         raise config_error("layer_types", entries, f"must have exactly num_hidden_layers={n_layers} entries")
     for i, name in enumerate(entries):
-        if name not in _KIND_OF_LAYER_TYPE:
+        if not isinstance(name, str) or name not in _KIND_OF_LAYER_TYPE:
             raise config_error(f"layer_types[{i}]", name, "must be one of " + ", ".join(_KIND_OF_LAYER_TYPE))
     rates = source.get("compress_rates", {})
     if not isinstance(rates, Mapping):

@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .text import shown
+
 _MISSING = object()
+LARGEST = 2**31 - 1
+"""Of the integers in a config: sizes and positions are 32 bits wide in vLLM and in kernels."""
 
 
 class Source:
@@ -45,19 +49,26 @@ class Source:
 
 
 def config_error(name: str, value: Any, why: str, fix: str = "Correct it in the model's config.json") -> ValueError:
-    return ValueError(f"{name}={value!r}: {why}. {fix}.")
+    return ValueError(f"{name}={shown(value)}: {why}. {fix}.")
 
 
 def as_integer(name: str, value: Any, minimum: int = 1) -> int:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < minimum:
         raise config_error(name, value, f"must be an integer >= {minimum}")
+    if value > LARGEST:
+        raise config_error(name, value, f"must be an integer up to {LARGEST}")
     return int(value)
 
 
 def as_positive(name: str, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    try:
+        # An integer may be too large for a float.
+        number = number and math.isfinite(value) and value > 0
+    except OverflowError:
+        number = False
+    if not number:
         raise config_error(name, value, "must be a finite number > 0")
     return float(value)
 

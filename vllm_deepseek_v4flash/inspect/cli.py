@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -11,12 +12,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_deepseek_v4flash import __version__
+from vllm_deepseek_v4flash.config import printable, shown
 
 if TYPE_CHECKING:
     from vllm_deepseek_v4flash.inspect.capacity import Capacity
     from vllm_deepseek_v4flash.inspect.contents import Report
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}}
+_MOST_BYTES = float(1 << 63)
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}
 
 _INSPECT = """\
@@ -28,6 +31,9 @@ weights, needs no GPU and no vLLM. Exit status: 0 it can be served, 1 it cannot 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name may have characters that the terminal's encoding has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     options = parser.parse_args(arguments)
     if (options.gpus is None) != (options.memory is None):
@@ -50,10 +56,10 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 80GiB (1024^3), 80GB (1000^3) or bytes")
-    return size
+    size = float(match[1]) * unit if match and unit else 0.0
+    if not 1 <= size < _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a size: write 80GiB (1024^3), 80GB (1000^3) or bytes")
+    return int(size)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 up to 999999999")
     return int(text)
 
 
@@ -97,7 +103,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the memory: above 0, at most 1")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a share of the memory: above 0, at most 1")
     return share
 
 
@@ -131,7 +137,7 @@ def _problem_reasons(report: Report) -> list[str]:
         return []
     first = report.problems[0]
     reason = f"{len(report.problems):,} problems in its tensors or config.json"
-    return [f"{reason}, first {first.kind}: {first.name}: {first.text}"]
+    return [f"{reason}, first {first.kind}: {printable(first.name)}: {printable(first.text)}"]
 
 
 def _fit(report: Report, options: argparse.Namespace) -> tuple[Capacity | None, list[str]]:

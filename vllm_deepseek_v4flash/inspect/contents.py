@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.headers import DTYPE_BITS, TensorHeader, read_headers
 from ..checkpoint.plan import HELD_UNPACKED
 from ..checkpoint.survey import Problem, Survey, survey
-from ..config import DeepseekV4Config
+from ..config import DeepseekV4Config, parse_json, printable
 from ..ops.packed_weight import Scheme
 from .capacity import ResidentTensor
 
@@ -77,7 +76,7 @@ def inspect_checkpoint(directory: str | Path) -> Report:
     skipped_bytes = sum(tensor.nbytes for tensor in found.skipped)
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     return Report(
-        directory, config, str(method or "none"), rows(found), tuple(found.problems),
+        directory, config, printable(str(method or "none"))[:80], rows(found), tuple(found.problems),
         len(stored) - len(found.skipped), sum(tensor.nbytes for tensor in stored) - skipped_bytes,
         len(found.skipped), skipped_bytes, skipped_formats(found), residents(found, _DTYPE_BYTES[model_dtype(values)]),
     )  # fmt: skip
@@ -101,11 +100,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json. Pass the directory of a downloaded checkpoint.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Put a readable file there.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}. Download it again.") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is a JSON {type(values).__name__}, should be an object")
+        raise CheckpointError(f"{path} is a JSON {type(values).__name__}, should be an object. Download it again.")
     return values
 
 

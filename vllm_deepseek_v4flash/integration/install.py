@@ -6,13 +6,13 @@ Everything is registered by name where vLLM allows it, so that this module impor
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import ARCHITECTURE, MODEL_TYPE
 from ..kv_cache import BACKEND_NAME
 from ..log import logger_name
 from .in_tree import IN_TREE_ARCHITECTURE, keep_in_tree_class
-from .refusals import check_engine_config, check_model_config
+from .refusals import check_engine_config, check_model_config, check_model_impl
 from .serving import enable_thinking_budget, select_tokenizer_mode
 from .switch import DISABLE_ENV
 from .workarounds import (
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MODEL_MODULE = "vllm_deepseek_v4flash.integration.registered_model"
 BACKEND_PATH = "vllm_deepseek_v4flash.kv_cache.backend.DeepseekV4Backend"
+
+GENERIC = "TransformersMoEForCausalLM"
+"""vLLM's name for any mixture of experts that transformers' own code runs."""
 
 # Marks our config hook: an isinstance check would miss one installed by an earlier import of this module.
 _HOOK_MARK = "vllm_deepseek_v4flash_hook"
@@ -165,3 +168,16 @@ def _install_config_hook() -> None:
 
     setattr(DeepseekV4FlashConfigHook, _HOOK_MARK, True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = DeepseekV4FlashConfigHook
+    _refuse_the_transformers_backend(MODELS_CONFIG_MAP, MODELS_CONFIG_MAP.get(GENERIC, VerifyAndUpdateConfig))
+
+
+def _refuse_the_transformers_backend(hooks: dict[str, Any], original: Any) -> None:
+    """`--model-impl transformers` gives the model another architecture, whose hook this one precedes."""
+
+    class TransformersHook(original):  # type: ignore[misc,valid-type]
+        @staticmethod
+        def verify_and_update_model_config(model_config: ModelConfig) -> None:
+            check_model_impl(model_config)
+            original.verify_and_update_model_config(model_config)
+
+    hooks[GENERIC] = TransformersHook

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from ..checkpoint.formats import is_supported
+from ..checkpoint.formats import is_supported, same_method
 from ..checkpoint.headers import TensorHeader, holds_weights, read_headers
 from ..checkpoint.survey import refuse, survey
 from ..config import MODEL_TYPE, DeepseekV4Config
@@ -57,10 +57,22 @@ class DeepseekV4QuantConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """`NAME` for a DeepSeek-V4 text checkpoint of a supported method; None leaves every other one to vLLM."""
+        """`NAME` for a DeepSeek-V4 text checkpoint of a supported method; None leaves every other one to vLLM.
+
+        Raises:
+            ValueError: `--quantization` asks for another method than the checkpoint's.
+        """
         if getattr(hf_config, "model_type", None) != MODEL_TYPE or getattr(hf_config, "vision_n_layers", 0):
             return None
-        return NAME if is_supported(str((hf_quant_cfg or {}).get("quant_method"))) else None
+        method = str((hf_quant_cfg or {}).get("quant_method"))
+        if not is_supported(method):
+            return None
+        if user_quant is not None and user_quant != NAME and not same_method(user_quant, method):
+            raise ValueError(
+                f"--quantization={user_quant}: config.json says quant_method {method!r}, and the weights are read as "
+                f"they are stored. Start without --quantization."
+            )
+        return NAME
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Survey the checkpoint's safetensors headers, and plan how each packed module is stored.

@@ -7,13 +7,16 @@ without vLLM noticing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsPP
 
 from ..model import DeepseekV4ForCausalLM as Model
 from .in_tree import build_in_tree_model
+from .workarounds import end_failed_reload, keep_seeded_requests_on_cpu
 
 
 class DeepseekV4ForCausalLM(Model, SupportsPP):
@@ -21,4 +24,19 @@ class DeepseekV4ForCausalLM(Model, SupportsPP):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         in_tree = build_in_tree_model(vllm_config, prefix)
-        return super().__new__(cls) if in_tree is None else in_tree
+        if in_tree is not None:
+            return in_tree
+        if torch.get_default_device().type == "cpu":
+            keep_seeded_requests_on_cpu()
+        return super().__new__(cls)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """`model.DeepseekV4ForCausalLM.load_weights`. After a failed reload, requests still find weights on the device.
+
+        They are a mixture of old and new ones: the caller, who gets the error, reloads or ends the engine.
+        """
+        try:
+            return super().load_weights(weights)
+        except Exception:
+            end_failed_reload(self)
+            raise

@@ -10,15 +10,18 @@ import dataclasses
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..log import logger_name
 
 if TYPE_CHECKING:
+    from torch import nn
     from vllm.config import ModelConfig, VllmConfig
 
 MLA_DISABLE_ENV = "VLLM_MLA_DISABLE"
 BREAKABLE_GRAPH_ENV = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+# On a function of vLLM that has been replaced.
+_MARK = "vllm_deepseek_v4flash_replaced"
 
 logger = logging.getLogger(logger_name(__name__))
 
@@ -68,6 +71,50 @@ def warm_up_pipeline_stages_on_cpu(vllm_config: VllmConfig) -> None:
         )
     # Overwritten even where it is set: an earlier engine of this process has set it to 1.
     os.environ[BREAKABLE_GRAPH_ENV] = "0"
+
+
+def keep_seeded_requests_on_cpu() -> None:
+    """Let a request with a seed have its prompt cut into several steps on a CPU; called where the model runs.
+
+    The model runner of vLLM 0.32 and 0.33 samples a token after each part of a prompt and discards it. It then sets
+    the request's generator back by `set_offset`, which only GPU generators have: on a CPU that ends the engine. Here
+    such requests have no generator while a discarded token is sampled, so that theirs draw for tokens that count and
+    for no others. Can go once the runner sets CPU generators back.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    original = CPUModelRunner.sample_tokens
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators, discarded = self.input_batch.generators, self.discard_request_mask.np
+        held = {row: generators.pop(row) for row in list(generators) if discarded[row]}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators.update(held)
+
+    setattr(sample_tokens, _MARK, True)
+    CPUModelRunner.sample_tokens = sample_tokens
+
+
+def end_failed_reload(model: nn.Module) -> None:
+    """Put every weight that a failed `reload_weights` was about to replace back where it was.
+
+    vLLM 0.32 and 0.33 take the parameters off their device while weights are reloaded. After an error they stay there,
+    so that no later request can be computed; and what had arrived of a layer is counted again at the next reload,
+    which then takes the layer for complete too early. Can go once vLLM does this itself.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load() and info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+    layerwise.LOADING_LAYERS.clear()
 
 
 def keep_paged_cache_on_cpu(model_config: ModelConfig) -> None:

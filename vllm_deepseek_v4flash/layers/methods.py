@@ -23,7 +23,7 @@ from ..ops.linear_fp32 import linear_fp32
 from ..ops.merged_linear import merged_linear
 from ..ops.packed_experts import packed_experts
 from ..ops.packed_linear import packed_linear
-from ..ops.packed_weight import QuantizationError, Scheme, canonical_shapes, shard_scheme
+from ..ops.packed_weight import SYMMETRIC_ZERO, QuantizationError, Scheme, canonical_shapes, shard_scheme
 from .linear import Fp32Linear, GroupedLinear, MergedLinear
 
 Schemes = Mapping[str, Scheme]
@@ -31,6 +31,9 @@ Schemes = Mapping[str, Scheme]
 
 SMALL_WEIGHT = 1 << 20
 """Elements up to which a CPU spends more on starting vLLM's product (oneDNN) than on the product."""
+
+# 2^-10, about the largest of the weights that vLLM makes up.
+_DUMMY_UE8M0 = 127 - 10
 
 
 class Unpacked:
@@ -138,8 +141,16 @@ def _row_loader(rows: Sequence[int], rank: int) -> Any:
     return weight_loader
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, weight_loader: Any) -> nn.Parameter:
-    param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, weight_loader: Any, name: str = "weight") -> nn.Parameter:
+    """A parameter that is not filled yet. `--load-format dummy` leaves integers as they are here: valid ones."""
+    value = torch.empty(shape, dtype=dtype)
+    if name == "perm":
+        value.copy_(torch.arange(shape[-1]))
+    elif name == "zeros":
+        value.fill_(SYMMETRIC_ZERO)
+    elif dtype == torch.uint8 and name == "scales":
+        value.fill_(_DUMMY_UE8M0)
+    param = nn.Parameter(value, requires_grad=False)
     set_weight_attrs(param, {"weight_loader": weight_loader})
     return param
 
@@ -238,7 +249,7 @@ class PackedLinearMethod(LinearMethodBase):
         by_part = [canonical_shapes(self.scheme, n, columns) for n in parts]
         for name, (size, dtype) in shapes.items():
             loader = _row_loader([part[name][0][0] for part in by_part], getattr(layer, "tp_rank", 0))
-            layer.register_parameter(name, _empty(size, dtype, loader))
+            layer.register_parameter(name, _empty(size, dtype, loader, name))
         self.names = tuple(shapes)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -309,7 +320,7 @@ class PackedExpertsMethod(QuantizeMethodBase):
             self.schemes[group] = shard_scheme(self.schemes[group], local[group], whole[group])
             shapes = canonical_shapes(self.schemes[group], *local[group])
             for name, (size, dtype) in shapes.items():
-                layer.register_parameter(f"{group}_{name}", _empty((*stack, *size), dtype, weight_loader))
+                layer.register_parameter(f"{group}_{name}", _empty((*stack, *size), dtype, weight_loader, name))
             self.names[group] = tuple(shapes)
 
     def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,9 @@ class Router(Fp32Linear):
         self.renormalize, self.shared = config.norm_topk_prob, shared
         self.hashed = layer < config.num_hash_layers
         if self.hashed:
-            table = torch.empty(config.vocab_size, self.topk, dtype=torch.int32)
-            self.tid2eid = nn.Parameter(table, requires_grad=False)
+            # `--load-format dummy` fills floats only, so this must be a valid table from the start.
+            table = torch.arange(config.vocab_size * self.topk, dtype=torch.int32) % config.n_routed_experts
+            self.tid2eid = nn.Parameter(table.view(config.vocab_size, self.topk), requires_grad=False)
         else:
             bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
             self.bias = nn.Parameter(bias, requires_grad=False)

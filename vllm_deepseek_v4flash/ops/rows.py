@@ -10,6 +10,9 @@ A row of D values is stored in one of three ways:
 
 A page of N quantised rows holds the N data parts first and then the N scale parts, so that data parts stay aligned to
 their own size. Quantisation is the one that V4 was trained with: scale 2^ceil(log2(max(amax, floor) / largest code)).
+
+Values that share a scale and include a NaN or an infinity are stored as scale byte 255, ue8m0's NaN, and codes 0. The
+byte is read as an infinite scale, and 0 times infinity is NaN: reading needs no test, and e2m1 needs no NaN.
 """
 
 from __future__ import annotations
@@ -164,14 +167,17 @@ def _encode_blocks(x: torch.Tensor, fmt: RowFormat) -> tuple[torch.Tensor, torch
     """[N, quantised] fp32 to values divided by their block's scale and clamped, and the scales' ue8m0 bytes."""
     largest, floor = (_FP4_MAX, _FP4_FLOOR) if fmt.codec == "e2m1" else (_FP8_MAX, _FP8_FLOOR)
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % fmt.block)).unflatten(-1, (-1, fmt.block))
+    finite = padded.isfinite().all(-1, keepdim=True)
+    padded = padded.where(finite, 0.0)
     amax = padded.abs().amax(-1, keepdim=True).clamp(min=floor)
     scales = (_ceil_log2(amax * (1.0 / largest)) + 127).to(torch.uint8)
     values = (padded * _power_of_two(254 - scales)).clamp(-largest, largest)
+    scales = scales.where(finite, 255)
     return values.flatten(-2)[..., : x.shape[-1]], scales.squeeze(-1)
 
 
 def _power_of_two(ue8m0: torch.Tensor) -> torch.Tensor:
-    """2^(byte - 127) in fp32, exact for the bytes 1..254 that `quantise` writes."""
+    """2^(byte - 127) in fp32, exact for the bytes 1..254 that `quantise` writes; infinity for 255."""
     return (ue8m0.to(torch.int32) << 23).view(torch.float32)
 
 

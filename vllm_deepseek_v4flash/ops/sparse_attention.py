@@ -66,7 +66,8 @@ def sparse_attention(
     Entries are keys and values at once, like window rows. A token sees entry s if s < (t + 1) // ratio and, when
     `indices` is given, s is among its indices; others (-1, beyond the visible ones) are ignored, one listed twice
     counts twice. All scores, `q . k * scale`, share one fp32 softmax with the unscaled `sinks[h]`, which takes weight
-    but has no value. A token with nothing to attend to gets zeros.
+    but has no value. A token with nothing to attend to gets zeros. A NaN in its query or in a key that it sees makes
+    its result NaN; an infinity makes some of it NaN or infinite.
 
     Args:
         q: [T, H, D], rotated.
@@ -127,6 +128,8 @@ def _attend(
     top = scores.amax(-1)
     top = top.where(top > -torch.inf, 0.0)
     weights = (scores - top[..., None]).exp()
-    total = weights.sum(-1) + (sinks - top).exp()
-    out = torch.einsum("thk,tkd->thd", weights, keys)
-    return torch.where(total[..., None] > 0, out / total[..., None], 0.0)
+    share = weights.sum(-1)
+    total = share + (sinks - top).exp()
+    # Without any key the sum is zero already, and without a sink so is the total. NaN must stay NaN.
+    total = total.where(share != 0, 1.0)
+    return torch.einsum("thk,tkd->thd", weights, keys) / total[..., None]

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...config import shown
 from ...ops.packed_weight import QuantizationError
 from . import auto_round, awq, compressed_tensors, deepseek, gptq, unquantised
 from .common import either
 from .format import Format as Format
+from .structure import check_structure
 
 FORMATS: dict[str, Format] = {}
 
@@ -38,20 +40,28 @@ def is_supported(quant_method: str) -> bool:
     return _spelled(quant_method) in map(_spelled, quant_methods())
 
 
+def same_method(one: str, other: str) -> bool:
+    """Whether two values of `quant_method` select the same format, in any spelling."""
+    return any(
+        {_spelled(one), _spelled(other)} <= set(map(_spelled, known.quant_methods)) for known in FORMATS.values()
+    )
+
+
 def format_of(quantization_config: Mapping[str, Any] | None) -> Format:
     """The format of a checkpoint with this `quantization_config`; None or empty means unquantised.
 
     Raises:
-        QuantizationError: no format reads its `quant_method`.
+        QuantizationError: no format reads its `quant_method`, or a list or object in it is none.
     """
     if not quantization_config:
         return unquantised.FORMAT
     method = quantization_config.get("quant_method")
     for known in FORMATS.values():
         if _spelled(method) in map(_spelled, known.quant_methods):
+            check_structure(quantization_config)
             return known
     raise QuantizationError(
-        f"quant_method={method!r} in quantization_config: not supported. Use a checkpoint whose quant_method is "
+        f"quant_method={shown(method)} in quantization_config: not supported. Use a checkpoint whose quant_method is "
         f"{either(quant_methods())}, or an unquantised one in bfloat16, float16 or float32."
     )
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ...config import printable, shown
 from ...ops.packed_weight import QuantizationError, Scheme
 from ..headers import TensorHeader
 
@@ -80,15 +81,24 @@ def either(values: tuple[str, ...]) -> str:
 
 def refuse_value(module: str, key: str, value: object, allowed: str) -> NoReturn:
     """Refuse one value of the config that no reader here understands."""
-    raise QuantizationError(f"{module}: {key}={value!r} in quantization_config: not supported. It should be {allowed}.")
+    raise QuantizationError(
+        f"{module}: {key}={shown(value)} in quantization_config: not supported. It should be {allowed}."
+    )
 
 
-def check_bits(module: str, bits: object, kind: str = "int") -> None:
-    if bits != 4 or kind != "int":
+def check_bits(module: str, bits: object, kind: object = "int") -> None:
+    if isinstance(bits, str) and bits.strip() == "4":
+        refuse_value(module, "bits", bits, "the number 4, without quotation marks")
+    if isinstance(bits, bool) or bits != 4 or kind != "int":
         raise QuantizationError(
-            f"{module}: the config says {bits}-bit {kind} weights, which are not supported. Packed weights may be "
-            "4-bit integers, DeepSeek's FP4 (e2m1, a ue8m0 scale per 32) or FP8 (e4m3, a scale per 128 x 128)."
+            f"{module}: the config says {_shown_bits(bits)}-bit {_shown_bits(kind)} weights, which are not supported. "
+            "Packed weights may be 4-bit integers, DeepSeek's FP4 (e2m1, a ue8m0 scale per 32) or FP8 (e4m3, a scale "
+            "per 128 x 128)."
         )
+
+
+def _shown_bits(value: object) -> str:
+    return printable(value) if isinstance(value, str) else shown(value)
 
 
 def resolve_group(module: str, group_size: object, k: int) -> int:

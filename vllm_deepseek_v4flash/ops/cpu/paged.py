@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..rows import PagedRows
-from .arithmetic import ONE, ZERO
+from .arithmetic import INFINITY, ONE, ZERO
 from .compiling import CACHE_FIELDS, Cache, helper
 from .memory import (
     CODES,
@@ -33,6 +33,8 @@ _TWO_TO_120 = np.float32(2.0**120)
 _TWO_TO_14 = np.float32(2.0**14)
 _TWO_TO_126 = np.float32(2.0**126)
 _NAN = np.float32(np.nan)
+NAN_SCALE = 255
+"""The scale of a block with a value that is not finite, whose codes are 0."""
 
 
 def cache(rows: PagedRows) -> Cache:
@@ -122,8 +124,12 @@ def write_row(cache, page, row, values):
             scale = _scale(values, start, end, _FP8_MAX, _FP8_FLOOR)
             put_u8(scales, block, scale)
             inverse = _power_of_two(254 - scale)
-            for i in range(start, end):
-                put_u8(codes, i, _to_e4m3(get(values, i) * inverse))
+            if scale == NAN_SCALE:
+                for i in range(start, end):
+                    put_u8(codes, i, 0)
+            else:
+                for i in range(start, end):
+                    put_u8(codes, i, _to_e4m3(get(values, i) * inverse))
         tail = codes + quantised
         for i in range(dim - quantised):
             half = to_bf16(get(values, quantised + i))
@@ -138,7 +144,7 @@ def write_row(cache, page, row, values):
             inverse = _power_of_two(254 - scale)
             for i in range(16 * block, 16 * block + 16):
                 low, high = _to_e2m1(get(values, 2 * i) * inverse), _to_e2m1(get(values, 2 * i + 1) * inverse)
-                put_u8(codes, i, low | high << 4)
+                put_u8(codes, i, 0 if scale == NAN_SCALE else low | high << 4)
     else:
         store(page + row * dim * (4 if codec == 0 else 2), codec, dim, values)
 
@@ -151,7 +157,7 @@ def round_to_e2m1(values, dim):
         scale = _scale(values, 32 * block, 32 * block + 32, _FP4_MAX, _FP4_FLOOR)
         inverse, power = _power_of_two(254 - scale), _power_of_two(scale)
         for i in range(32 * block, 32 * block + 32):
-            put(values, i, _from_e2m1(_to_e2m1(get(values, i) * inverse)) * power)
+            put(values, i, (ZERO if scale == NAN_SCALE else _from_e2m1(_to_e2m1(get(values, i) * inverse))) * power)
 
 
 @helper
@@ -177,10 +183,11 @@ def _power_of_two(scale):
 
 @helper
 def _scale(values, start, end, largest, floor):
-    """The ue8m0 byte of a block: 2^ceil(log2(max(|values|, floor) / largest))."""
+    """The ue8m0 byte of a block: 2^ceil(log2(max(|values|, floor) / largest)); NAN_SCALE where one is not finite."""
     top = floor
     for i in range(start, end):
-        top = max(top, abs(get(values, i)))
+        size = abs(get(values, i))
+        top = max(top, size if size < INFINITY else INFINITY)
     whole = bits(top * np.float32(ONE / largest))
     return (whole >> 23) + (1 if whole & 0x7FFFFF else 0)
 

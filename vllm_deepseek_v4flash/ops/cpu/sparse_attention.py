@@ -126,9 +126,11 @@ def _attend(
         for h in range(heads):
             shift = get(tops, h) if get(tops, h) > -INFINITY else ZERO
             whole = get(totals, h) + math.exp(get(sinks, h) - shift)
+            # Without any key the sums are zeros already; NaN must stay NaN.
+            whole = ONE if get(totals, h) == ZERO else whole
             row = sums + 4 * h * dim
             for d in range(dim):
-                put(row, d, get(row, d) / whole if whole > ZERO else ZERO)
+                put(row, d, get(row, d) / whole)
             if rotary:
                 rotate(row + 4 * (dim - rotary), cos_sin + 4 * t * rotary, rotary // 2, -ONE)
         store(out + at, dtype, heads * dim, sums)

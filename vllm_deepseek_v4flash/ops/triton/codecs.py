@@ -59,12 +59,25 @@ def encode_e2m1(x):
 
 @triton.jit
 def power_of_two(ue8m0):
-    """Bytes e to 2^(e - 127) in fp32, for e in 1..254."""
+    """Bytes e to 2^(e - 127) in fp32, for e in 1..254; 255 to infinity."""
     return (ue8m0.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scale_byte(amax, FLOOR: tl.constexpr, LARGEST: tl.constexpr):
-    """The ue8m0 byte (uint8) of 2^ceil(log2(max(amax, FLOOR) / LARGEST))."""
+    """The ue8m0 byte (uint8) of 2^ceil(log2(max(amax, FLOOR) / LARGEST)); 255 for infinity."""
     bits = (tl.maximum(amax, FLOOR) * (1.0 / LARGEST)).to(tl.uint32, bitcast=True)
     return (bits + 0x7FFFFF >> 23).to(tl.uint8)
+
+
+@triton.jit
+def magnitude(x):
+    """|x| as `scale_byte` takes its largest: infinity for NaN, which a maximum would ignore."""
+    return tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
+
+
+@triton.jit
+def divided(x, byte, LARGEST: tl.constexpr):
+    """x / 2^(byte - 127), clamped to LARGEST; zeros in a block whose scale byte is 255 (`ops/rows.py`)."""
+    scaled = x * power_of_two(254 - byte.to(tl.int32))
+    return tl.where(byte == 255, 0.0, tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..rows import PagedRows, RowFormat
-from .codecs import decode_e2m1, encode_e2m1, power_of_two, scale_byte
+from .codecs import decode_e2m1, divided, encode_e2m1, magnitude, power_of_two, scale_byte
 from .hadamard import hadamard
 from .launch import Pointer, Strided, block, device_of, launch
 from .rope import load_rotary, rotate
@@ -190,9 +190,8 @@ def _prepare(
 def _round_e2m1(x, N: tl.constexpr, DIM: tl.constexpr):
     """[N, DIM] fp32 to what 4-bit rows of it mean: dequantise(*quantise(x, RowFormat.fp4(DIM)), ...)."""
     x = hadamard(x, N, DIM).reshape(N, DIM // 32, 32)
-    byte = scale_byte(tl.max(tl.abs(x), axis=2), 6.0 * 2.0**-126, 6.0)[:, :, None]
-    x = tl.minimum(tl.maximum(x * power_of_two(254 - byte.to(tl.int32)), -6.0), 6.0)
-    return (decode_e2m1(encode_e2m1(x)) * power_of_two(byte)).reshape(N, DIM)
+    byte = scale_byte(tl.max(magnitude(x), axis=2), 6.0 * 2.0**-126, 6.0)[:, :, None]
+    return (decode_e2m1(encode_e2m1(divided(x, byte, 6.0))) * power_of_two(byte)).reshape(N, DIM)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "heads"])

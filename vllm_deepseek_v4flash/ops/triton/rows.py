@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from ..rows import PagedRows, RowFormat
-from .codecs import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3, power_of_two, scale_byte
+from .codecs import (
+    decode_e2m1,
+    decode_e4m3,
+    divided,
+    encode_e2m1,
+    encode_e4m3,
+    magnitude,
+    power_of_two,
+    scale_byte,
+)
 from .hadamard import hadamard
 from .launch import Pointer, block
 
@@ -144,12 +153,11 @@ def store_rows(x, cache: Rows, page, row, valid, LAYOUT: tl.constexpr, N: tl.con
         g = tl.arange(0, GROUPS)[None, :]
         d = g[:, :, None] * SHARE + tl.arange(0, SHARE)[None, None, :]
         grouped = x.reshape(N, GROUPS, SHARE)
-        byte = scale_byte(tl.max(tl.where(d < LAYOUT.quantised, tl.abs(grouped), 0.0), axis=2), FLOOR, LARGEST)
+        byte = scale_byte(tl.max(tl.where(d < LAYOUT.quantised, magnitude(grouped), 0.0), axis=2), FLOOR, LARGEST)
         scales = base[:, None] + LAYOUT.rows * LAYOUT.data + row[:, None] * LAYOUT.scales + g
         tl.store(scales, byte, mask=valid[:, None] & (g < LAYOUT.scales))  # [N, GROUPS]
         # codes = (x.unflatten(-1, (GROUPS, SHARE)) / scales[..., None]).clamp(-LARGEST, LARGEST)
-        scaled = grouped * power_of_two(254 - byte.to(tl.int32))[:, :, None]
-        scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+        scaled = divided(grouped, byte[:, :, None], LARGEST)
         data = (base + row * LAYOUT.data)[:, None, None]
         if LAYOUT.codec == "e2m1":
             low, high = encode_e2m1(scaled).reshape(N, GROUPS, SHARE // 2, 2).split()

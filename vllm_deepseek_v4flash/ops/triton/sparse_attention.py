@@ -328,7 +328,8 @@ def _store_out(
 def _share(m, l, sink):
     """What a sum of values weighted by 2^(score - m) is multiplied by; l is the sum of the weights, 0 without a key."""
     total = l + tl.exp2(sink * 1.4426950408889634 - tl.where(m > -float("inf"), m, 0.0))
-    return tl.where(l > 0, 1.0 / total, 0.0)
+    # Without any key the values are zeros already; NaN must stay NaN.
+    return 1.0 / tl.where(l == 0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=["heads", "splits"])
