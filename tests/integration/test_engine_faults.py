@@ -28,7 +28,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield llm
 
 
-def sample(llm: Any, prompts: list[list[int]], seeds: list[int], chunk: int) -> list[list[int]]:
+def sample(llm: Any, prompts: list[list[int]], seeds: list[int | None], chunk: int) -> list[list[int]]:
     """The tokens of requests that run together, their prompts in steps of at most `chunk` tokens."""
     from vllm import SamplingParams
 

@@ -250,9 +250,12 @@ def test_a_nan_goes_through(device, rng, fmt, value, where, row):
     if where == "query":
         problem.q[0, :, 5] = value
     else:
+        assert problem.entries is not None
         cache = problem.window.rows if where == "window" else problem.entries.rows
-        at = cache.locate(torch.tensor([0], device=device), torch.tensor([row], device=device))
-        write_rows(cache, *at, torch.ones(1, DIM, device=device).index_fill(1, torch.tensor(5, device=device), value))
+        page, place = cache.locate(torch.tensor([0], device=device), torch.tensor([row], device=device))
+        values = torch.ones(1, DIM, device=device)
+        values[0, 5] = value
+        write_rows(cache, page, place, values)
     actual = problem.run(37, lists)
     if math.isnan(value):
         assert actual[0].isnan().all()

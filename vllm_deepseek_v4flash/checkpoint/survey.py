@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import DeepseekV4Config, printable, shown
+from ..config import DeepseekV4Config, line, shown
 from ..ops.packed_weight import QuantizationError, Scheme
 from . import names
 from .counts import check_counts
@@ -288,7 +288,7 @@ def problem_lines(problems: Sequence[Problem], rest: str) -> list[str]:
     for problem in problems:
         shown[problem.kind] += 1
         if shown[problem.kind] <= _MAX_LISTED:
-            lines.append(f"  {problem.kind}: {printable(problem.name)}: {printable(problem.text)}")
+            lines.append("  " + line(f"{problem.kind}: {problem.name}: {problem.text}"))
     for kind, count in counts.items():
         if count > _MAX_LISTED:
             lines.append(f"  ... and {count - _MAX_LISTED:,} more {kind} ({rest})")

@@ -8,7 +8,7 @@ objects of vLLM and of transformers. Standard library only, so that reading a co
 from .hyper_parameters import ARCHITECTURE, BLOCK_TOKENS, MODEL_TYPE, DeepseekV4Config
 from .layer_kinds import LayerKind
 from .rotary import RopeScaling
-from .text import parse_json, printable, shown
+from .text import line, parse_json, printable, shown
 
 __all__ = [
     "ARCHITECTURE",
@@ -17,6 +17,7 @@ __all__ = [
     "DeepseekV4Config",
     "LayerKind",
     "RopeScaling",
+    "line",
     "parse_json",
     "printable",
     "shown",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-_LONGEST = 200
+_LONGEST, _LONGEST_LINE = 200, 700
 
 
 def printable(text: str) -> str:
@@ -13,6 +13,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def line(text: str) -> str:
+    """`text` as one line of a list: printable, and cut where it is long."""
+    text = printable(text)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
 
 
 def shown(value: Any) -> str:

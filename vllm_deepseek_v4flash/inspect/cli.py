@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_deepseek_v4flash import __version__
-from vllm_deepseek_v4flash.config import printable, shown
+from vllm_deepseek_v4flash.config import line, shown
 
 if TYPE_CHECKING:
     from vllm_deepseek_v4flash.inspect.capacity import Capacity
@@ -137,7 +137,7 @@ def _problem_reasons(report: Report) -> list[str]:
         return []
     first = report.problems[0]
     reason = f"{len(report.problems):,} problems in its tensors or config.json"
-    return [f"{reason}, first {first.kind}: {printable(first.name)}: {printable(first.text)}"]
+    return [f"{reason}, first {line(f'{first.kind}: {first.name}: {first.text}')}"]
 
 
 def _fit(report: Report, options: argparse.Namespace) -> tuple[Capacity | None, list[str]]:
