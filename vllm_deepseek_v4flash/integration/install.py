@@ -174,7 +174,7 @@ def _install_config_hook() -> None:
 def _refuse_the_transformers_backend(hooks: dict[str, Any], original: Any) -> None:
     """`--model-impl transformers` gives the model another architecture, whose hook this one precedes."""
 
-    class TransformersHook(original):  # type: ignore[misc,valid-type]
+    class TransformersHook(original):
         @staticmethod
         def verify_and_update_model_config(model_config: ModelConfig) -> None:
             check_model_impl(model_config)
