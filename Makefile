@@ -4,7 +4,11 @@ BIN := .venv/bin
 # Of pytest; each may hold an engine of a few GiB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: setup demo test test-slow compile-table bench-attention bench-moe kernel-report gpu-check diagrams lint clean
+# Those of scripts/versions.py: vLLM over .venv's packages, and the Tritons that its versions bring.
+VLLM ?= 0.33.0
+TRITONS ?= 3.7.1 3.8.0
+
+.PHONY: setup demo test test-vllm test-vllm033 test-slow compile-table bench-attention bench-moe kernel-report gpu-check diagrams lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --flavour $(FLAVOUR)
@@ -15,11 +19,18 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+# The tests that another vLLM can fail, on the Python of that vLLM.
+test-vllm: setup
+	$$($(BIN)/python scripts/versions.py vllm $(VLLM)) -m pytest -n $(WORKERS) $(ARGS) @tests/each_vllm.txt
+
+test-vllm033:
+	$(MAKE) test-vllm VLLM=0.33.0
+
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 compile-table: setup
-	$(BIN)/python -m checks.compile_table --output docs/compile-table.md $(ARGS)
+	$(BIN)/python -m checks.compile_table --common --triton $(TRITONS) --output docs/compile-table.md $(ARGS)
 
 bench-attention: setup
 	$(BIN)/python -m benchmarks.attention $(ARGS)
@@ -44,5 +55,5 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Compiles every kernel, Triton's and CUDA's, ahead of time for every supported GPU; no GPU is used.
 
     python -m checks.compile_table [--arch 80 90] [--kernel sparse_attention ...] [--common] [--output TABLE.md]
+                                   [--triton 3.7.1 3.8.0]
 
 The ops run on tensors without memory (`flash_cases.py`), and every launch that they make is specialised as Triton
 would at run time and compiled. Exits with 1, and says what and where, if a kernel does not compile, needs more shared
@@ -35,38 +36,12 @@ from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
 
 from . import cuda_usage
+from .compile_report import ARCHS, Row, Usage, as_table, document, read_rows, violations, write_rows
 
-
-@dataclass(frozen=True)
-class Arch:
-    gpus: str
-    multiprocessors: int
-    shared_kb: int
-    """What one program may have, at most."""
-    native_fp8: bool
-
-
-ARCHS = {
-    80: Arch("A100", 108, 163, False),
-    86: Arch("RTX 3090", 82, 99, False),
-    89: Arch("RTX 4090, L40", 128, 99, True),
-    90: Arch("H100, H200", 132, 227, True),
-    100: Arch("B200", 148, 227, True),
-    120: Arch("RTX 5090", 170, 99, True),
-}
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ROOT / "scripts" / "versions.py"
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel needs."""
-
-    registers: int
-    shared: int
-    """Bytes per program."""
-    spilled: int
-    """Bytes per thread of local memory: spilled registers, and arrays that no register could hold."""
 
 
 @dataclass
@@ -80,17 +55,6 @@ class Job:
     constants: dict[str, Any]
     cases: list[Case] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the result; whatever compiles something, Triton or not, produces these."""
-
-    kernel: str
-    configuration: str
-    arch: int
-    usage: Usage | None
-    broken: tuple[str, ...]
 
 
 def launches(cases: Iterable[Case], arch: int) -> list[Job]:
@@ -188,7 +152,8 @@ def triton_rows(cases: Sequence[Case], archs: Sequence[int]) -> list[Row]:
             broken.append(usage)
         else:
             broken += violations(usage, job.arch)
-        rows.append(Row(job.name, label, job.arch, None if isinstance(usage, str) else usage, tuple(broken)))
+        found = None if isinstance(usage, str) else usage
+        rows.append(Row(job.name, label, job.arch, found, tuple(broken), triton.__version__))
     return rows
 
 
@@ -207,16 +172,6 @@ def cuda_rows(archs: Sequence[int]) -> list[Row]:
             name = f"csrc/{kernel.source}: {kernel.function}"
             rows.append(Row(name, f"weight {kernel.codec}", arch, usage, tuple(violations(usage, arch))))
     return rows
-
-
-def violations(usage: Usage, arch: int) -> list[str]:
-    allowed = ARCHS[arch].shared_kb * 1024
-    broken = []
-    if usage.shared > allowed:
-        broken.append(f"needs {usage.shared} bytes of shared memory, there are {allowed}")
-    if usage.spilled:
-        broken.append(f"spills {usage.spilled} bytes per thread")
-    return broken
 
 
 _shared_jobs: list[Job] = []
@@ -261,63 +216,38 @@ def _label(job: Job, launching: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def as_table(rows: Sequence[Row], archs: Sequence[int]) -> str:
-    """Markdown: a line per kernel and configuration, a column per architecture."""
-    cells: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for row in rows:
-        cells[row.kernel, row.configuration][row.arch] = _cell(row)
-    lines = [["kernel", "configuration", *(f"sm_{arch}" for arch in archs)]]
-    for (kernel, configuration), by_arch in sorted(cells.items(), key=lambda item: item[0][0]):
-        lines.append([kernel, configuration or "all", *(by_arch.get(arch, "") for arch in archs)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
-def _cell(row: Row) -> str:
-    if row.usage is None:
-        return "FAILS"
-    spilled = f" · {row.usage.spilled} B SPILLED" if row.usage.spilled else ""
-    return f"{row.usage.registers} · {row.usage.shared / 1024:.1f} KB{spilled}"
-
-
-def document(rows: Sequence[Row], archs: Sequence[int], common: bool) -> str:
-    """The table as a page of the documentation."""
-    if common:
-        what = "in bf16 on one rank: 8 requests decoding, or a prefill of 8192 tokens"
-    else:
-        what = "decoding 1, 8 and 128 tokens and prefilling 8192, on 1, 2, 4 and 8 tensor-parallel ranks"
-    limits = "\n".join(
-        f"| sm_{arch} | {ARCHS[arch].gpus} | {ARCHS[arch].shared_kb} KB | "
-        f"{'converted by the GPU' if ARCHS[arch].native_fp8 else 'bit arithmetic'} |"
-        for arch in archs
-    )
-    return f"""# What each kernel needs
-
-Written by `make compile-table` with Triton {triton.__version__}, which compiles every kernel ahead of time at the
-shapes of DeepSeek-V4-Flash, {what}.
-A cell holds the registers of a thread and the shared memory of a program. The command fails if a kernel needs more
-shared memory than there is, or spills a register.
-
-| | GPUs | shared memory | e4m3 |
-|---|---|---|---|
-{limits}
-
-A kernel is named after its file in `ops/triton/`, and its function where that has another name; those of `csrc/` are
-compiled by nvcc. A configuration names the axes that matter to it (op: the one that launches it; tp: ranks; shared:
-whether the shared expert is fused with the routed ones); where none does, it says "all".
-
-{as_table(rows, archs)}
-"""
-
-
 def without_cases(cases: Sequence[Case]) -> list[str]:
     """The ops that have Triton kernels but no case."""
     kernels = {path.stem for path in (Path(ops.__file__).parent / "triton").glob("*.py")}
     implemented = {op.__name__ for op in dispatch.ops()} & kernels
     return sorted(implemented - {case.op for case in cases})
+
+
+def rows_of_versions(versions: Sequence[str], arguments: Sequence[str]) -> list[Row]:
+    """`triton_rows` of each version of Triton, in a process of its own with these `arguments`.
+
+    Raises:
+        subprocess.CalledProcessError: a version cannot be installed, or its process fails.
+    """
+    rows = []
+    for version in versions:
+        command = [sys.executable, str(VERSIONS), "triton", version]
+        folder = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        path = [folder, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            subprocess.run(
+                [sys.executable, "-m", "checks.compile_table", *arguments, "--rows", file.name],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, cwd=ROOT, check=True,
+            )  # fmt: skip
+            rows += read_rows(Path(file.name))
+    return rows
+
+
+def selection(options: argparse.Namespace) -> list[str]:
+    """The arguments that select what is compiled."""
+    chosen = ["--arch", *map(str, options.arch)]
+    chosen += ["--kernel", *options.kernel] if options.kernel else []
+    return chosen + (["--common"] if options.common else [])
 
 
 def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
@@ -327,6 +257,8 @@ def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", help="ops, by their file in ops/triton; default: all")
     parser.add_argument("--common", action="store_true", help="only the configurations that most users run")
     parser.add_argument("--output", type=Path, help="write the table there too, as Markdown")
+    parser.add_argument("--triton", nargs="+", metavar="VERSION", help="of other versions than the installed one")
+    parser.add_argument("--rows", type=Path, help="write what Triton compiled there as JSON, and nothing else")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 makes Triton interpret kernels instead of compiling them: unset it")
@@ -338,7 +270,13 @@ def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
         if unknown:
             parser.error(f"no cases for {', '.join(unknown)}; there are: {', '.join(sorted({c.op for c in cases}))}")
         cases, missing = [case for case in cases if case.op in options.kernel], []
-    rows = triton_rows([case for case in cases if case.common or not options.common], options.arch)
+    if options.triton:
+        rows = rows_of_versions(options.triton, selection(options))
+    else:
+        rows = triton_rows([case for case in cases if case.common or not options.common], options.arch)
+    if options.rows is not None:
+        write_rows(rows, options.rows)
+        return 0
     if own and not options.kernel:
         rows += cuda_rows(options.arch)
     print(as_table(rows, options.arch))
@@ -346,7 +284,9 @@ def main(arguments: Sequence[str], cases: Sequence[Case] | None = None) -> int:
         options.output.write_text(document(rows, options.arch, options.common))
     problems = [f"{op}: no case in benchmarks/flash_cases.py compiles it" for op in missing]
     for row in rows:
-        problems += [f"sm_{row.arch}, {row.kernel} ({row.configuration or 'all'}): {what}" for what in row.broken]
+        version = f", Triton {row.triton}" if options.triton and row.triton else ""
+        where = f"sm_{row.arch}{version}, {row.kernel} ({row.configuration or 'all'})"
+        problems += [f"{where}: {what}" for what in row.broken]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -64,6 +64,9 @@ def make_llm(path: Path | str, *, multiprocessing: bool = False, **overrides: An
         "use_tqdm_on_load": False,
         "seed": 0,
     }
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        # Without a GPU its kernels are interpreted, and vLLM 0.33's warm-up runs one that the interpreter cannot.
+        arguments["kernel_config"] = {"enable_jit_warmup": False}
     try:
         return LLM(**(arguments | overrides))
     except BaseException:

@@ -25,6 +25,15 @@ def write_config(directory: Path, drop: Collection[str] = (), **overrides: Any) 
     return directory
 
 
+def vllm_config_class() -> Any:
+    """The config class that this vLLM uses for V4: its own in 0.32, later transformers'."""
+    try:
+        from vllm.transformers_utils.configs.deepseek_v4 import DeepseekV4Config
+    except ImportError:
+        from transformers import DeepseekV4Config
+    return DeepseekV4Config
+
+
 def engine_config(directory: Path, **arguments: Any) -> Any:
     """The VllmConfig that `vllm serve directory --arguments` would run with."""
     from vllm.engine.arg_utils import EngineArgs

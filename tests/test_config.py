@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from testing.integration import vllm_config_class
 from testing.tiny import BASE, CONFIGS, resaved
 from vllm_deepseek_v4flash.config import DeepseekV4Config, LayerKind, RopeScaling
 
@@ -73,10 +74,8 @@ def test_all_sources_agree(hf_config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hf_config", [FLASH, *(spec.hf_config for spec in CONFIGS.values())])
 def test_vllm_object_agrees(hf_config: dict[str, Any]) -> None:
-    configs = pytest.importorskip("vllm.transformers_utils.configs.deepseek_v4")
-    assert DeepseekV4Config.from_hf(configs.DeepseekV4Config(**copy.deepcopy(hf_config))) == DeepseekV4Config.from_dict(
-        hf_config
-    )
+    config = vllm_config_class()(**copy.deepcopy(hf_config))
+    assert DeepseekV4Config.from_hf(config) == DeepseekV4Config.from_dict(hf_config)
 
 
 def test_defaults_of_absent_keys_are_those_of_transformers() -> None:

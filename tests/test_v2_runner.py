@@ -52,14 +52,15 @@ def test_the_gpu_path_inside_vllm(file: str, selection: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "selection",
+    ("selection", "paths"),
     [
-        pytest.param("both_runners and not slow and not gpu", id="ordinary"),
-        pytest.param("both_runners and slow and not gpu", id="slow", marks=pytest.mark.slow),
+        pytest.param("both_runners and not slow and not gpu", ("tests/scheduler",), id="scheduler"),
+        pytest.param("both_runners and not slow and not gpu", ("tests", "--ignore=tests/scheduler"), id="others"),
+        pytest.param("both_runners and slow and not gpu", ("tests",), id="slow", marks=pytest.mark.slow),
     ],
 )
-def test_marked_tests_pass_on_v2(selection: str) -> None:
-    printed = run_on_v2("-m", "pytest", "-q", *PLAIN, "-m", selection, timeout=7200)
+def test_marked_tests_pass_on_v2(selection: str, paths: tuple[str, ...]) -> None:
+    printed = run_on_v2("-m", "pytest", "-q", *PLAIN, "-m", selection, *paths, timeout=7200)
     summary = printed.strip().splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed is not None, summary

@@ -40,8 +40,9 @@ def register() -> None:
         if is_disabled():
             info_at_startup(logger, f"{DISABLE_ENV} is set: vLLM's in-tree model serves DeepSeek-V4.")
         else:
-            from .integration.install import install
+            from .integration.install import install, warn_about_version
 
+            warn_about_version(SUPPORTED_VLLM)
             info_at_startup(logger, f"vllm-deepseek-v4flash {__version__}: {install()}")
         _registered = True
     except Exception as error:

@@ -59,8 +59,8 @@ class DeepseekV4DecoderLayer(nn.Module):
         )  # fmt: skip
         quant_config = vllm_config.quant_config or Unpacked()
         self.attn = DeepseekV4Attention(config, layer, quant_config=quant_config, prefix=f"{prefix}.attn")
-        # Piecewise CUDA graphs stop before this and go on after it. vLLM's decorator asks once whether they are wanted,
-        # and knows when the model is built.
+        # Piecewise CUDA graphs stop before this and go on after it. vLLM 0.32's decorator asks when it is applied
+        # whether they are wanted, which is known once the model is built; 0.33's asks at every call.
         self.attend = eager_break_during_capture(self._attend)
         self.ffn = MoE(
             config,

@@ -18,8 +18,8 @@ import triton.language as tl
 
 import vllm_deepseek_v4flash.ops.triton as kernels
 from benchmarks.flash_cases import CASES, Case
-from checks import compile_table, cuda_usage
-from checks.compile_table import ARCHS, Usage, violations
+from checks import compile_report, compile_table, cuda_usage
+from checks.compile_report import ARCHS, Row, Usage, violations
 from vllm_deepseek_v4flash.ops.triton.launch import launch
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +165,41 @@ def test_bounds(arch, kilobytes):
     assert violations(Usage(255, kilobytes * 1024, 0), arch) == []
     assert len(violations(Usage(255, kilobytes * 1024 + 1, 0), arch)) == 1
     assert len(violations(Usage(16, 0, 4), arch)) == 1
+
+
+def test_a_cell_has_a_value_for_each_triton_where_they_differ(tmp_path):
+    rows = [
+        Row("a", "", 80, Usage(10, 1024, 0), (), "3.7.1"), Row("a", "", 80, Usage(12, 1024, 0), (), "3.8.0"),
+        Row("b", "", 80, Usage(10, 0, 0), (), "3.7.1"), Row("b", "", 80, Usage(10, 0, 0), (), "3.8.0"),
+        Row("c", "", 80, Usage(10, 0, 8), ("spills",), "3.8.0"),
+        Row("d", "", 80, None, ("does not compile",), "3.7.1"), Row("d", "", 80, Usage(9, 0, 0), (), "3.8.0"),
+        Row("csrc/e: e", "weight fp4", 80, Usage(20, 2048, 0), ()),
+    ]  # fmt: skip
+    compile_report.write_rows(rows, tmp_path / "rows.json")
+    assert compile_report.read_rows(tmp_path / "rows.json") == rows
+    table = compile_report.as_table(rows, [80])
+    cells = [line.split("|")[3].strip() for line in table.splitlines()[2:]]
+    assert cells == [
+        "10/12 · 1.0 KB", "10 · 0.0 KB", "-/10 · -/0.0 KB · 8 B SPILLED", "20 · 2.0 KB", "FAILS/9 · FAILS/0.0 KB",
+    ]  # fmt: skip
+    page = compile_report.document(rows, [80], common=True)
+    assert "with Triton 3.7.1 and 3.8.0, which compiles" in page
+    assert "a value for each, in this order" in page
+    assert "in this order" not in compile_report.document(rows[-1:] + rows[:1], [80], common=True)
+
+
+def test_versions_of_triton_run_in_processes_of_their_own(monkeypatch, tmp_path, capsys):
+    """With two folders that are on the path and hold nothing, this process's Triton compiles both times."""
+    script = tmp_path / "versions.py"
+    script.write_text("import sys; print(f'/nowhere/{sys.argv[2]}')")
+    monkeypatch.setattr(compile_table, "VERSIONS", script)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    chosen = ["--arch", "80", "--kernel", "swiglu", "--common"]
+    rows = compile_table.rows_of_versions(["a", "b"], chosen)
+    assert [row.kernel for row in rows] == ["swiglu", "swiglu"]
+    assert {(row.triton, row.arch, row.broken) for row in rows} == {(triton.__version__, 80, ())}
+    assert compile_table.main([*chosen, "--triton", "a"]) == 0
+    assert "| swiglu | all " in capsys.readouterr().out
 
 
 def test_an_op_without_a_case_is_missing():

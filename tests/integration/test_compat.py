@@ -29,13 +29,14 @@ MAY_IMPORT_VLLM = {"compat.py", "serving/compat.py"} | {
         "refusals",
         "reasoning",
         "registered_model",
+        "rust_frontend",
         "serving",
         "tool_calls",
         "workarounds",
     )
 }
 # What `register` imports in every process, and so may import vLLM only when it runs.
-LIGHT = ("in_tree", "install", "refusals", "serving", "switch", "workarounds")
+LIGHT = ("in_tree", "install", "refusals", "rust_frontend", "serving", "switch", "workarounds")
 FORBIDDEN = ("vllm.models.deepseek_v4", "vllm.v1.core")
 
 
@@ -57,9 +58,9 @@ def is_vllm(module):
 
 
 def optional_symbols(tree):
-    """Those inside `try: ... except ImportError`, and in its handlers: one of the homes is enough."""
+    """Those of a `try` whose handler imports them from elsewhere: one of the homes is enough."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Try):
+        if isinstance(node, ast.Try) and any(True for handler in node.handlers for _ in imported_symbols(handler)):
             yield from imported_symbols(node)
 
 
@@ -97,6 +98,7 @@ ATTRIBUTES = [
     ("vllm.v1.attention.backend", "AttentionCGSupport", ("NEVER", "UNIFORM_BATCH")),
     ("vllm.v1.attention.backend", "AttentionMetadataBuilder", ("_init_reorder_batch_threshold", "build")),
     ("vllm.platforms", "current_platform", ("is_cpu",)),
+    ("vllm", "envs", ("VLLM_USE_RUST_FRONTEND",)),
     ("vllm.config", "ModelConfig", ("use_mla",)),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", ("sample_tokens",)),
     ("vllm.distributed.kv_transfer.kv_connector.factory", "KVConnectorFactory", ("supports_hma_config",)),
@@ -149,7 +151,7 @@ FIELDS = [
     ("vllm.config", "CompilationConfig", ("static_forward_context",)),
     ("vllm.config", "ParallelConfig",
      ("decode_context_parallel_size", "prefill_context_parallel_size", "data_parallel_size",
-      "enable_expert_parallel")),
+      "enable_expert_parallel", "_api_process_rank")),
     ("vllm.config.model_arch", "ModelArchitectureConfig", ("is_deepseek_mla",)),
     ("vllm.forward_context", "ForwardContext", ("attn_metadata",)),
     ("vllm.v1.attention.backend", "CommonAttentionMetadata",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -173,6 +174,39 @@ def test_the_quantization_config_has_a_name_of_its_own():
 
 
 # ---- a vLLM that has changed
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("0.31.9", True), ("0.32.0", False), ("0.33.1", False), ("0.34.0rc1", True), ("1.0", True)],
+)
+def test_a_version_that_is_not_tested_is_named(vllm_state, log, monkeypatch, version, warned):
+    monkeypatch.setattr("vllm.version.__version__", version)
+    monkeypatch.setattr("vllm.version.__version_tuple__", tuple(map(int, re.findall(r"\d+", version))))
+    vllm_deepseek_v4flash.register()
+    assert vllm_state.models[ARCHITECTURE].module_name == OURS
+    said = [line for line in log if line.startswith(f"vllm={version}: vllm-deepseek-v4flash has not been tested")]
+    assert len(said) == warned
+    assert all(f"Install {vllm_deepseek_v4flash.SUPPORTED_VLLM}, or set {DISABLE_ENV}=1" in line for line in said)
+
+
+def test_a_symbol_that_is_gone_is_one_sentence():
+    """docs/compatibility.md lists what is going to move; the model's import says which symbol has."""
+    output = run_python(
+        "import vllm.v1.kv_cache_interface as moved\n"
+        "del moved.SlidingWindowMLASpec\n"
+        "try:\n"
+        "    import vllm_deepseek_v4flash.kv_cache.backend\n"
+        "except ImportError as error:\n"
+        "    print('ERROR', error, error.__cause__, error.__suppress_context__)\n"
+    )
+    (line,) = [line for line in output.splitlines() if line.startswith("ERROR ")]
+    assert re.fullmatch(
+        r"ERROR vllm=[\w.+]+: vllm-deepseek-v4flash does not support this version \(cannot import name "
+        r"'SlidingWindowMLASpec' from .*\)\. Install one of those in docs/compatibility\.md, or set "
+        rf"{DISABLE_ENV}=1 for vLLM's own model\. None True",
+        line,
+    )
 
 
 def remove(monkeypatch, path):

@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import VllmConfig
 
 from testing.integration import engine_config, write_config
 from vllm_deepseek_v4flash.config import MODEL_TYPE
@@ -141,10 +142,27 @@ def test_refused(tmp_path, arguments, config, words):
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"])
-def test_row_formats_that_are_supported(tmp_path, dtype):
-    config = engine_config(write_config(tmp_path / "model"), kv_cache_dtype=dtype)
-    assert config.cache_config.cache_dtype == dtype
+@pytest.mark.parametrize(
+    ("rows", "model"),
+    [("auto", "float32"), ("fp8", "float32"), ("fp8_e4m3", "bfloat16"), ("float16", "float16"),
+     ("bfloat16", "bfloat16")],
+)  # fmt: skip
+def test_row_formats_that_are_supported(tmp_path, rows, model):
+    config = engine_config(write_config(tmp_path / "model"), kv_cache_dtype=rows, dtype=model)
+    assert config.cache_config.cache_dtype == rows
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("model", ["bfloat16", "float32"])
+def test_16_bit_rows_of_another_dtype_than_the_model(tmp_path, model):
+    """vLLM 0.33 refuses them for every model; README.md says so."""
+    directory = write_config(tmp_path / "model")
+    if hasattr(VllmConfig, "_reject_mismatched_float_kv_cache"):
+        with pytest.raises(ValueError, match=r"incompatible with dtype=.*Please set `--kv-cache-dtype` to `auto`"):
+            engine_config(directory, kv_cache_dtype="float16", dtype=model)
+    else:
+        config = engine_config(directory, kv_cache_dtype="float16", dtype=model)
+        assert config.cache_config.cache_dtype == "float16"
 
 
 @pytest.mark.usefixtures("registered")

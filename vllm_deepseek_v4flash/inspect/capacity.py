@@ -164,7 +164,7 @@ class CachePool:
 
 
 def cache_pool(config: DeepseekV4Config, formats: CacheFormats) -> CachePool:
-    """Group the caches as vLLM 0.32 packs mixed page sizes (block-outermost layout).
+    """Group the caches as vLLM 0.32 and 0.33 pack mixed page sizes (block-outermost layout).
 
     Caches of one kind and block size form a bucket. A bucket that holds as many pages of each size repeats a pattern;
     such buckets are split into groups of about the same number of repeats, so that no group widens the block.

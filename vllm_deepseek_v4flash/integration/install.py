@@ -6,6 +6,7 @@ Everything is registered by name where vLLM allows it, so that this module impor
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 from ..config import ARCHITECTURE, MODEL_TYPE
@@ -13,6 +14,7 @@ from ..kv_cache import BACKEND_NAME
 from ..log import logger_name
 from .in_tree import IN_TREE_ARCHITECTURE, keep_in_tree_class
 from .refusals import check_engine_config, check_model_config, check_model_impl
+from .rust_frontend import check_rust_frontend
 from .serving import enable_thinking_budget, select_tokenizer_mode
 from .switch import DISABLE_ENV
 from .workarounds import (
@@ -90,6 +92,19 @@ def install() -> str:
     return f"Registered {listed}. Set {DISABLE_ENV}=1 to keep vLLM's."
 
 
+def warn_about_version(supported: str) -> None:
+    """Log a sentence if this vLLM is outside `supported`, a requirement such as "vllm>=0.32,<0.34"."""
+    from vllm.version import __version__, __version_tuple__
+
+    oldest, below = (tuple(map(int, bound)) for bound in re.findall(r"(\d+)\.(\d+)", supported))
+    if not oldest <= tuple(__version_tuple__[:2]) < below:
+        logger.warning(
+            "vllm=%s: vllm-deepseek-v4flash has not been tested with this version and may fail where vLLM has changed. "
+            "Install %s, or set %s=1 for vLLM's own model.",
+            __version__, supported, DISABLE_ENV,
+        )  # fmt: skip
+
+
 def _register_model() -> bool:
     """Register the model class; True if it replaces one of vLLM's."""
     from vllm.model_executor.models.registry import ModelRegistry
@@ -129,13 +144,18 @@ def _register_serving() -> None:
 def _install_config_reader() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from .hf_config import reader_for
+    from .hf_config import Adapt, native_keys, reader_for, typed_values
 
-    if MODEL_TYPE not in _CONFIG_REGISTRY:
-        return  # vLLM 0.33 uses transformers' class
-    current = _CONFIG_REGISTRY[MODEL_TYPE]
-    if not getattr(current, "reads_resaved_configs", False):
-        _CONFIG_REGISTRY[MODEL_TYPE] = reader_for(current)
+    current: Any
+    adapt: Adapt
+    if MODEL_TYPE in _CONFIG_REGISTRY:
+        current, adapt = _CONFIG_REGISTRY[MODEL_TYPE], native_keys
+    else:  # vLLM 0.33 has no class of its own
+        from transformers import DeepseekV4Config
+
+        current, adapt = DeepseekV4Config, typed_values
+    if not getattr(current, "reads_any_v4_config", False):
+        _CONFIG_REGISTRY[MODEL_TYPE] = reader_for(current, adapt)
 
 
 def _install_config_hook() -> None:
@@ -161,6 +181,7 @@ def _install_config_hook() -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             check_engine_config(vllm_config)
+            check_rust_frontend(vllm_config)
             turn_cuda_graphs_off_by_default(vllm_config)
             warm_up_pipeline_stages_on_cpu(vllm_config)
             enable_thinking_budget(vllm_config)
