@@ -26,8 +26,9 @@ LLM = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 3, "kv_cache_m
 TIMEOUT = 1200  # seconds; a run takes 20 on idle cores
 # Runs the script, which stops when its output has so many lines.
 HELD = """
-import runpy, signal, sys, types
+import os, runpy, signal, sys, types
 script, count, *arguments = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
 example = types.SimpleNamespace(**runpy.run_path(script, run_name="offline_batch"))
 add = example.Results.add
 
@@ -135,15 +136,16 @@ def check_results(results: Path, asked: tuple[list[dict[str, Any]], dict[str, di
     assert {custom_id.split()[1] for custom_id in found} == set(MODES)
 
 
-def test_a_killed_run_goes_on_and_loses_nothing(tmp_path: Path, asked: Any) -> None:
+def test_a_killed_run_goes_on_and_loses_nothing(example: Any, tmp_path: Path, asked: Any) -> None:
     requests, results = write(tmp_path / "in.jsonl", asked[0]), tmp_path / "out.jsonl"
     kill_when_some_are_answered(requests, results, 4)
     before = results.read_text(encoding="utf-8")
     done = before.splitlines()
     assert 4 <= len(done) < len(asked[0]), "it was killed while requests were running"
     # What a kill during a write leaves.
+    missing = next(request for request in example.read_requests(requests) if request.custom_id not in read(results))
     with results.open("a", encoding="utf-8") as stream:
-        stream.write('{"id": "batch_req_0", "custom_id": "5 no')
+        stream.write(f'{{"id": "{missing.id}", "custom_id": "{missing.custom_id}", "resp')
     again = run(requests, results)
     assert again.returncode == 1, again.stdout
     assert again.stdout.endswith(f"{len(asked[0]) - 2} answered, 2 refused: {results}\n")
@@ -222,17 +224,19 @@ def row_of(request: Any, text: str = "50") -> dict[str, Any]:
 
 
 def test_results_come_back_and_a_torn_line_is_cut_off(example: Any, tmp_path: Path) -> None:
-    path, request = tmp_path / "out.jsonl", example.Request("a", {"messages": [1]})
+    path, request, other = tmp_path / "out.jsonl", example.Request("a", {"messages": [1]}), example.Request("b", {})
     first = example.Results(path)
     first.add([row_of(request, "ö\u2028")])
     first.close()
-    whole = path.read_bytes()
-    for torn in (b'{"id": "b', b'{"id": "x", "custom_id": "b"}', b"\xff", b""):
-        path.write_bytes(whole + torn)
-        again = example.Results(path)
-        assert (again.ids, again.refused) == ({"a": request.id}, 0)
-        again.close()
-        assert path.read_bytes() == whole
+    whole, torn = path.read_bytes(), json.dumps(row_of(other)).encode()
+    for length in range(len(torn) + 1):
+        for zeros in (b"", bytes(4096)):  # where the data were to be at a power cut
+            path.write_bytes(whole + torn[:length] + zeros)
+            again = example.Results(path)
+            again.check([request, other])
+            assert (again.ids, again.refused) == ({"a": request.id}, 0)
+            again.close()
+            assert path.read_bytes() == whole
 
 
 def test_a_result_is_on_the_disk_before_add_returns(
