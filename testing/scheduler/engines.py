@@ -40,14 +40,23 @@ class References:
         self._engines = engines
         self._results = known
 
-    def get(self, prompt: tuple[int, ...], tokens: int, runner: Runner | None = None, **options: Any) -> Result:
+    def get(
+        self,
+        prompt: tuple[int, ...],
+        tokens: int,
+        runner: Runner | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Result:
         """At least `tokens` new tokens after `prompt`, from `runner` or an engine with these options.
+
+        They are greedy ones or, with `seed`, sampled at temperature 1.
 
         The prefix cache of `runner` is emptied.
         """
-        key = (prompt, *sorted(options.items()))
+        key = (prompt, seed, *sorted(options.items()))
         known = self._results.get(key)
         if known is None or len(known.tokens) < tokens:
             runner = runner or self._engines.get(**options)
-            self._results[key] = runner.alone(prompt, tokens)
+            self._results[key] = runner.alone(prompt, tokens, seed)
         return self._results[key]

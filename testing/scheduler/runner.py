@@ -27,10 +27,12 @@ MAX_STEPS = 20_000
 
 @dataclass(frozen=True)
 class Request:
-    """A greedy request for exactly `max_tokens` tokens.
+    """A request for exactly `max_tokens` tokens, greedy or, with a seed, sampled at temperature 1.
 
     arrival: the step before which it is added. abort_after: how many steps later it is aborted, if it still runs.
     prompt_logprobs: ask for the distribution after every prompt token; such a request does not read the prefix cache.
+    n: sequences, which needs a seed if there are several: sequence i is then that of `seed + i`.
+    priority: less is more urgent, with `scheduling_policy="priority"`.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +40,9 @@ class Request:
     arrival: int = 0
     abort_after: int | None = None
     prompt_logprobs: bool = False
+    seed: int | None = None
+    n: int = 1
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,15 @@ class Result:
 
 @dataclass
 class Run:
-    """results: one for each request, None if it was aborted. steps: the tokens of each step by request."""
+    """results: one for each request, None if it was aborted. steps: the tokens of each step by request.
+
+    sequences: all `n` results of each request, the first being that in `results`; none if it was aborted.
+    """
 
     results: list[Result | None]
     steps: list[dict[int, int]] = field(default_factory=list)
     preemptions: int = 0
+    sequences: list[list[Result]] = field(default_factory=list)
 
     def chunks(self, request: int) -> list[int]:
         """The tokens of one request in each step that it took part in."""
@@ -104,11 +113,11 @@ class Runner:
         """Empty the prefix cache."""
         assert self.engine.reset_prefix_cache(), "a request still holds blocks"
 
-    def alone(self, prompt: Sequence[int], max_tokens: int) -> Result:
+    def alone(self, prompt: Sequence[int], max_tokens: int, seed: int | None = None) -> Result:
         """The reference: no other request runs, nothing is cached, and the prompt is one step."""
         assert len(prompt) <= self.max_budget
         self.forget()
-        run = self.run([Request(tuple(prompt), max_tokens, prompt_logprobs=True)])
+        run = self.run([Request(tuple(prompt), max_tokens, prompt_logprobs=True, seed=seed)])
         assert run.chunks(0) == [len(prompt)] + [1] * (max_tokens - 1)
         assert run.result(0).cached == 0
         self.forget()
@@ -128,7 +137,7 @@ class Runner:
                 assert step < MAX_STEPS, f"the engine does not come to an end: {self.scheduler.get_request_counts()}"
                 for number, request in enumerate(requests):
                     if request.arrival == step:
-                        internal[self._add(names[number], request)] = number
+                        internal |= dict.fromkeys(self._add(names[number], request), number)
                     elif request.abort_after is not None and request.arrival + request.abort_after == step:
                         self.engine.abort_request([names[number]])
                 self._squeeze(squeezes, step)
@@ -139,9 +148,10 @@ class Runner:
         finally:
             self.scheduler.max_num_scheduled_tokens = self.max_budget
             self._release(*self._held)
-        steps = [{internal[name]: count for name, count in tokens.items()} for tokens, _ in self._log if tokens]
-        results = [self._result(outputs.get(name), request) for name, request in zip(names, requests, strict=True)]
-        return Run(results, steps, sum(preempted for _, preempted in self._log))
+        steps = [_by_request(tokens, internal) for tokens, _ in self._log if tokens]
+        found = [self._results(outputs.get(name), request) for name, request in zip(names, requests, strict=True)]
+        first = [sequences[0] if sequences else None for sequences in found]
+        return Run(first, steps, sum(preempted for _, preempted in self._log), found)
 
     def _squeeze(self, squeezes: Sequence[Squeeze], step: int) -> None:
         for squeeze in squeezes:
@@ -155,14 +165,26 @@ class Runner:
         for squeeze in squeezes:
             self.pool.free_blocks(self._held.pop(squeeze))
 
-    def _add(self, name: str, request: Request) -> str:
-        return self.engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, _sampling(request))
+    def _add(self, name: str, request: Request) -> list[str]:
+        """The names of its sequences in the scheduler."""
+        prompt = {"prompt_token_ids": list(request.prompt)}
+        added = self.engine.add_request(name, prompt, _sampling(request), priority=request.priority)
+        return [added] if request.n == 1 else [f"{index}_{added}" for index in range(request.n)]
 
-    def _result(self, output: Any, request: Request) -> Result | None:
+    def _results(self, output: Any, request: Request) -> list[Result]:
         if output is None:
             assert request.abort_after is not None, "vLLM lost a request"
-            return None
-        return read_output(output, self.vocab)
+            return []
+        assert [completion.index for completion in output.outputs] == list(range(request.n))
+        return [read_output(output, self.vocab, index) for index in range(request.n)]
+
+
+def _by_request(tokens: dict[str, int], requests: dict[str, int]) -> dict[int, int]:
+    """The tokens of a step, by the number of the request that the scheduler's names belong to."""
+    counts: dict[int, int] = {}
+    for name, count in tokens.items():
+        counts[requests[name]] = counts.get(requests[name], 0) + count
+    return counts
 
 
 def generate(llm: Any, requests: Sequence[Request]) -> list[Result]:
@@ -177,15 +199,16 @@ def _sampling(request: Request) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True, detokenize=False,
+        temperature=0.0 if request.seed is None else 1.0, seed=request.seed, n=request.n,
+        max_tokens=request.max_tokens, ignore_eos=True, detokenize=False,
         logprobs=-1, prompt_logprobs=-1 if request.prompt_logprobs else None, flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
 
 
-def read_output(output: Any, vocab: int) -> Result:
-    """A finished vLLM RequestOutput with all its distributions."""
-    completion = output.outputs[0]
+def read_output(output: Any, vocab: int, index: int = 0) -> Result:
+    """A sequence of a finished vLLM RequestOutput with all its distributions."""
+    completion = output.outputs[index]
     prompt_logprobs = None
     if output.prompt_logprobs is not None:
         # vLLM has no distribution for the first token of a prompt.

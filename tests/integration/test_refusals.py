@@ -100,6 +100,11 @@ REFUSED = {
         {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
         ["--quantization=fp8: config.json says quant_method 'gptq'", "Start without --quantization."],
     ),
+    "quantization of plain weights": (
+        {"quantization": "fp8"},
+        {},
+        ["--quantization='fp8': vLLM's own classes would read", "Start without --quantization", f"{DISABLE_ENV}=1"],
+    ),
     "sharded state": (
         {"load_format": "sharded_state"},
         {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
