@@ -96,6 +96,10 @@ def running(path: Path | str, **overrides: Any) -> Iterator[Any]:
         shutdown(llm)
 
 
+class NanError(AssertionError):
+    """A log-probability is missing or NaN."""
+
+
 def full_logprobs(llm: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """The log-softmax over the vocabulary after every token of each prompt, fp32 [T, V]; one batch.
 
@@ -110,7 +114,8 @@ def full_logprobs(llm: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tens
         rows = [dense_logprobs(output.prompt_logprobs, vocab)[1:], dense_logprobs(output.outputs[0].logprobs, vocab)]
         table = torch.cat(rows)
         assert table.shape == (len(output.prompt_token_ids), vocab), table.shape
-        assert not table.isnan().any(), "vLLM left out a token of the vocabulary, or the model returned NaN"
+        if table.isnan().any():
+            raise NanError("vLLM left out a token of the vocabulary, or the model returned NaN")
         results.append(table)
     return results
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,10 @@ def _error(served: Served, trap: Trap) -> float:
     with contextlib.ExitStack() as stack:
         for make in trap.breaks:
             stack.enter_context(make(served.model))
-        return served.error()
+        try:
+            return served.error()
+        except engine.NanError:  # some mistakes are that visible
+            return math.inf
 
 
 def _sorted(traps: tuple[Trap, ...]) -> list[Any]:
