@@ -113,7 +113,7 @@ REFUSED = {
     "transformers": (
         {"model_impl": "transformers"},
         {},
-        ["--model-impl=transformers: ", "Start without --model-impl."],
+        ["--model-impl=transformers: ", "Start without it"],
     ),
     "eos": ({}, {"eos_token_id": 264}, ["eos_token_id=264: must be less than vocab_size=264. Correct it"]),
     "config value": (
