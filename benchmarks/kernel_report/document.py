@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import triton
@@ -41,6 +41,14 @@ class Traced:
     step: Step
     host_ms: float | None = None
     """Milliseconds of Python for a step of 43 layers without CUDA graphs, on the machine that wrote the report."""
+
+    def profiles(self) -> Iterator[tuple[Call, Profile]]:
+        """The launches of our own kernels, each with the op that it belongs to."""
+        for calls in self.layers.values():
+            for call in calls:
+                for launch in call.launches:
+                    if isinstance(launch, Profile):
+                        yield call, launch
 
 
 def document(traced: Sequence[Traced]) -> str:
@@ -127,13 +135,7 @@ def _kernels(traced: Sequence[Traced]) -> str:
     for each in traced:
         if each.machine.gpu.arch not in DETAILED or each.point not in DETAILED_POINTS:
             continue
-        found = (
-            tuple(_kernel(each.machine.gpu, call, launch))
-            for calls in each.layers.values()
-            for call in calls
-            for launch in call.launches
-            if isinstance(launch, Profile)
-        )
+        found = (tuple(_kernel(each.machine.gpu, *launch)) for launch in each.profiles())
         rows += [[str(each.machine), each.weight, str(each.point), *row] for row in dict.fromkeys(found)]
     units = ", ".join(f"{op}: {unit}" for op, unit in UNITS.items())
     return _table(rows) + (
@@ -160,16 +162,9 @@ def _kernel(gpu: Gpu, call: Call, launch: Profile) -> list[str]:
 
 def _worst(traced: Sequence[Traced]) -> str:
     lines: dict[str, None] = {}
-    launches = (
-        (each.machine.gpu.arch, launch)
-        for each in traced
-        if each.machine.gpu.arch in DETAILED
-        for calls in each.layers.values()
-        for call in calls
-        for launch in call.launches
-    )
-    for arch, launch in launches:
-        if isinstance(launch, Profile):
+    for each in traced:
+        arch = each.machine.gpu.arch
+        for _, launch in each.profiles() if arch in DETAILED else ():
             lines |= {f"- sm_{arch}, {launch.kernel.lstrip('_')}: {text}": None for text in launch.worst}
     return "\n".join(lines) + "\n"
 

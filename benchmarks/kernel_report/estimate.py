@@ -67,9 +67,8 @@ def launch_us(launch: Launch, machine: Machine) -> float:
     if isinstance(launch, AllReduce):
         return machine.all_reduce_us + 2 * (ranks - 1) / ranks * launch.bytes / machine.link_gb / 1e3
     if isinstance(launch, TorchLaunch):
-        peak = gpu.mma * 2 * 16 * 8 * 16 * gpu.multiprocessors * gpu.ghz  # GFLOP/s
-        return LAUNCH_US + max(_dram_us(launch.bytes, gpu), launch.flops / (PRODUCT_SHARE * peak) / 1e3)
-    return LAUNCH_US + max(_dram_us(launch.traffic.moved, gpu), *launch.bounds_us(gpu).values(), _issue_us(launch, gpu))
+        return LAUNCH_US + max(_dram_us(launch.bytes, gpu), launch.flops / (PRODUCT_SHARE * gpu.mma_gflops) / 1e3)
+    return LAUNCH_US + limit(launch, gpu)[1]
 
 
 def limit(launch: Profile, gpu: Gpu) -> tuple[str, float]:
@@ -135,5 +134,4 @@ def _floor_us(machine: Machine, point: Point) -> float:
         cost = floor.prefill(floor.FLASH_LAYERS, point.new, point.new)
     else:
         cost = floor.decode(floor.FLASH_LAYERS, point.requests, point.context)
-    peak = gpu.mma * 2 * 16 * 8 * 16 * gpu.multiprocessors * gpu.ghz / 1e3
-    return 1e6 * (cost * (1 / machine.ranks)).seconds(gpu.dram_gb, peak)
+    return 1e6 * (cost * (1 / machine.ranks)).seconds(gpu.dram_gb, gpu.mma_gflops / 1e3)

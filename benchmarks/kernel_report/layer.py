@@ -27,8 +27,8 @@ from vllm_deepseek_v4flash.layers.methods import Unpacked
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
 
-LAYERS = {LayerKind.WINDOW: 3, LayerKind.CSA: 4, LayerKind.HCA: 5}
-"""A number of a layer of each kind whose router chooses by score; window layers all choose by token id."""
+LAYERS = {LayerKind.WINDOW: 0, LayerKind.CSA: 4, LayerKind.HCA: 5}
+"""A layer of each kind, whose router chooses by score where there is one that does; all window layers use token ids."""
 PACKED = (
     "attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "attn.indexer.wq_b", ".w1", ".w2", ".w3",
 )  # fmt: skip
@@ -106,7 +106,6 @@ def rank_of(size: int, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> It
 
 def build(kind: LayerKind, scheme: Scheme) -> model.DeepseekV4DecoderLayer:
     """A layer of the rank of `rank_of`, in bf16."""
-    number = LAYERS[kind] if kind is not LayerKind.WINDOW else 0
     vllm_config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={}),
         model_config=SimpleNamespace(max_model_len=FLASH_CONFIG.max_position_embeddings),
@@ -120,7 +119,7 @@ def build(kind: LayerKind, scheme: Scheme) -> model.DeepseekV4DecoderLayer:
             mock.patch.object(model, "LayerCaches", return_value=SimpleNamespace()),
             mock.patch.object(model, "eager_break_during_capture", lambda function: function),
         ):
-            layer = model.DeepseekV4DecoderLayer(FLASH_CONFIG, vllm_config, None, f"model.layers.{number}")  # type: ignore[arg-type]
+            layer = model.DeepseekV4DecoderLayer(FLASH_CONFIG, vllm_config, None, f"model.layers.{LAYERS[kind]}")  # type: ignore[arg-type]
     finally:
         torch.set_default_dtype(default)
     for parameter in layer.parameters():

@@ -23,7 +23,7 @@ from testing.flash import FLASH_CONFIG
 from testing.ptxrun import cuda_kernels
 from testing.ptxrun.executable import Schedule
 from testing.ptxrun.profile import Profile, profile
-from testing.ptxrun.triton_kernels import MULTIPROCESSORS, Compiler, Run, compiler, pack, span
+from testing.ptxrun.triton_kernels import MULTIPROCESSORS, Compiler, Run, compiler, dimensions, execute
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda_experts
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme
@@ -104,22 +104,14 @@ class Tracer:
         torch.manual_seed(0)
         self.calls = []
         self.most_blocks = MOST_PREFILL_BLOCKS if point.prefill else MOST_BLOCKS
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(layers.rank_of(self.ranks, self._all_reduce))
-            # As on a GPU: our kernels, and PyTorch for what has none.
-            stack.enter_context(mock.patch.dict(dispatch.KERNELS, {"cpu": ("cuda", "triton")}))
-            stack.enter_context(dispatch.use("auto"))
+        with self._on_gpu(("cuda", "triton"), self._all_reduce, self._multiply):
             if kind not in self.layers:
                 self.layers[kind] = layers.build(kind, self.scheme)
             step = layers.step_through(self.layers[kind], point)
             # A process allocates these once.
             cuda_experts._counters(torch.device("cpu"), FLASH_CONFIG.hidden_size // cuda_kernels.DOWN_ROWS)
-            stack.enter_context(dispatch.wrap(self._wrap))
-            for module in (merged_linear, linear_fp32):
-                stack.enter_context(mock.patch.object(module, "multiply", self._multiply))
-            stack.enter_context(self._executed())
-            stack.enter_context(_Dispatched(self))
-            step()
+            with dispatch.wrap(self._wrap), self._executed(), _Dispatched(self):
+                step()
         return self.calls
 
     def host_us(self, kind: LayerKind, point: Point, repetitions: int = 5) -> float:
@@ -131,16 +123,27 @@ class Tracer:
         def nothing(*launch: Any) -> None:
             pass
 
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(layers.rank_of(self.ranks, lambda x: x))
-            stack.enter_context(mock.patch.dict(dispatch.KERNELS, {"cpu": ("triton",)}))
-            stack.enter_context(dispatch.use("auto"))
+        device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
+        with self._on_gpu(("triton",), lambda x: x, _product), recorded(device, nothing):
             step = layers.step_through(self.layers[kind], point)
-            for module in (merged_linear, linear_fp32):
-                stack.enter_context(mock.patch.object(module, "multiply", _product))
-            stack.enter_context(recorded(Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89), nothing))
             step()
             return min(timeit.repeat(step, number=1, repeat=repetitions)) * 1e6
+
+    @contextlib.contextmanager
+    def _on_gpu(
+        self,
+        kernels: tuple[str, ...],
+        all_reduce: Callable[[torch.Tensor], torch.Tensor],
+        multiply: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor],
+    ) -> Iterator[None]:
+        """Layers run on a CPU as on a GPU: by these backends of our own, and by `multiply` for PyTorch's products."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(layers.rank_of(self.ranks, all_reduce))
+            stack.enter_context(mock.patch.dict(dispatch.KERNELS, {"cpu": kernels}))
+            stack.enter_context(dispatch.use("auto"))
+            for module in (merged_linear, linear_fp32):
+                stack.enter_context(mock.patch.object(module, "multiply", multiply))
+            yield
 
     def add(self, launch: Launch) -> None:
         if not self.depth and (not self.calls or self.calls[-1].op != BETWEEN):
@@ -205,18 +208,13 @@ class Tracer:
     def _launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not all(grid):
             return
-        (x, y, z), name = (*grid, 1, 1)[:3], kernel.fn.__name__
+        name, dims = kernel.fn.__name__, dimensions(grid)
         with torch.utils._python_dispatch._disable_current_modes():
             compiled, given = self.compiler.compile(kernel, args, options)
-            key = _key(compiled.ptx, (x, y, z), given)
+            key = _key(compiled.ptx, dims, given)
             if key not in self.profiles:
-                memory = [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
-                executable = compiled.executable
-                result = executable.launch(
-                    (x, y, z), pack(executable, given), compiled.shared, memory,
-                    WHOLE if name in COMPLETE else self.schedule((x, y, z)),
-                )  # fmt: skip
-                self.profiles[key] = profile(Run(name, (x, y, z), result, compiled.shared, compiled.ptx))
+                schedule = WHOLE if name in COMPLETE else self.schedule(dims)
+                self.profiles[key] = profile(execute(name, compiled, given, dims, schedule))
         self.add(self.profiles[key])
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Finding:
     def __str__(self) -> str:
         other = f" (against `{self.other}`)" if self.other else ""
         return (
-            f"{self.fault.value}: `{self.text}` at {_place(self.source)}, PTX line {self.line}, block {self.block} "
+            f"{self.fault.value}: `{self.text}` at {place(self.source)}, PTX line {self.line}, block {self.block} "
             f"warp {self.warp} lane {self.lane} address {self.address:#x}, {self.count} times{other}"
         )
 
@@ -207,9 +207,10 @@ def _allocations(memory: list[Memory]) -> ctypes.Array[library.Allocation]:
     return allocations
 
 
-def _place(source: SourceLine | None) -> str:
+def place(source: SourceLine | None) -> str:
+    """A line of the source, as findings and profiles write it."""
     return "?" if source is None else f"{Path(source[0]).name}:{source[1]}"
 
 
 def _described(instruction: Instruction) -> str:
-    return instruction.text if instruction.source is None else f"{instruction.text} at {_place(instruction.source)}"
+    return instruction.text if instruction.source is None else f"{instruction.text} at {place(instruction.source)}"

@@ -43,6 +43,11 @@ class Gpu:
         units = {"alu": self.alu, "fma": self.fma, "xu": self.xu, "mma": self.mma}
         return units | {"shared": 1.0, "shuffle": 1.0, "global": 1.0}
 
+    @property
+    def mma_gflops(self) -> float:
+        """GFLOP/s of bf16 products on the tensor cores."""
+        return self.mma * 2 * 16 * 8 * 16 * self.multiprocessors * self.ghz
+
     def blocks_per_multiprocessor(self, warps: int, registers: int, shared: int) -> int:
         """How many blocks of so many warps fit at the same time.
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from .executable import Result
+from .executable import Result, place
 from .gpus import SCHEDULERS, Gpu
 from .library import Stat
 from .machine_code import assemble, issued
@@ -158,14 +157,9 @@ def _worst(result: Result) -> list[str]:
 
 def _scattered(instruction: Instruction, stat: Stat) -> str:
     sectors, asked = stat.sectors / stat.executed, stat.bytes / stat.executed
-    return f"{sectors:.1f} sectors for {asked:.0f} B: {_place(instruction)}"
+    return f"{sectors:.1f} sectors for {asked:.0f} B: `{instruction.opcode}` at {place(instruction.source)}"
 
 
 def _conflicting(instruction: Instruction, stat: Stat) -> str:
     found, ideal = stat.wavefronts / stat.executed, stat.ideal_wavefronts / stat.executed
-    return f"{found:.1f} wavefronts where {ideal:.1f} would do: {_place(instruction)}"
-
-
-def _place(instruction: Instruction) -> str:
-    where = f" at {Path(instruction.source[0]).name}:{instruction.source[1]}" if instruction.source else ""
-    return f"`{instruction.opcode}`{where}"
+    return f"{found:.1f} wavefronts where {ideal:.1f} would do: `{instruction.opcode}` at {place(instruction.source)}"

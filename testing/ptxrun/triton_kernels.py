@@ -42,7 +42,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Compiled:
+class Compiled:
+    """A kernel in one specialisation."""
+
     executable: Executable
     ptx: str
     shared: int
@@ -59,10 +61,10 @@ class Compiler:
         self.arch, self.change = arch, change
         self.target = GPUTarget("cuda", arch, 32)
         self.backend = make_backend(self.target)
-        self.compiled: dict[tuple[str, str], _Compiled] = {}
+        self.compiled: dict[tuple[str, str], Compiled] = {}
         self.binder = functools.cache(lambda k: create_function_from_signature(k.signature, k.params, self.backend))
 
-    def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[_Compiled, list[Any]]:
+    def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Compiled, list[Any]]:
         """The kernel, and those of its arguments that are not compiled in, tuples flattened."""
         bound, specialization, rest = self.binder(kernel)(*args, **options)
         chosen, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, rest)
@@ -77,7 +79,7 @@ class Compiler:
                 ptx = self.change(kernel.fn.__name__, ptx)
             (entry,) = parse(ptx).values()
             executable = Executable(entry, (32 * made.metadata.num_warps, 1, 1))
-            self.compiled[key] = _Compiled(executable, ptx, made.metadata.shared)
+            self.compiled[key] = Compiled(executable, ptx, made.metadata.shared)
         given = [value for name in signature for value in _runtime_values(bound[name], signature[name])]
         return self.compiled[key], given
 
@@ -124,6 +126,22 @@ def span(tensor: torch.Tensor, name: str = "") -> Memory:
     return Memory(tensor.data_ptr(), (last + 1) * tensor.element_size(), name)
 
 
+def dimensions(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """A grid's x, y and z."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
+
+
+def execute(
+    name: str, compiled: Compiled, given: list[Any], grid: tuple[int, int, int], schedule: Schedule | None
+) -> Run:
+    """Launch what `Compiler.compile` has returned."""
+    memory = [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
+    parameters = pack(compiled.executable, given)
+    result = compiled.executable.launch(grid, parameters, compiled.shared, memory, schedule)
+    return Run(name, grid, result, compiled.shared, compiled.ptx)
+
+
 @contextlib.contextmanager
 def executed(arch: int, *, instead: Compiler | None = None, schedule: Schedule | None = None) -> Iterator[list[Run]]:
     """Run every launch of a Triton kernel on the executor, as if on a GPU of `arch`; yields what ran so far.
@@ -135,14 +153,9 @@ def executed(arch: int, *, instead: Compiler | None = None, schedule: Schedule |
     runs: list[Run] = []
 
     def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if not all(grid):
-            return
-        x, y, z = (*grid, 1, 1)[:3]
-        compiled, given = used.compile(kernel, args, options)
-        memory = [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
-        parameters = pack(compiled.executable, given)
-        result = compiled.executable.launch((x, y, z), parameters, compiled.shared, memory, schedule)
-        runs.append(Run(kernel.fn.__name__, (x, y, z), result, compiled.shared, compiled.ptx))
+        if all(grid):
+            compiled, given = used.compile(kernel, args, options)
+            runs.append(execute(kernel.fn.__name__, compiled, given, dimensions(grid), schedule))
 
     with recorded(Device(MULTIPROCESSORS[arch], native_fp8=arch >= 89), run):
         yield runs

@@ -15,10 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from testing.scripts import imported
+from testing.batch import SCRIPT, line
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "offline_batch.py"
 TOY = ROOT / "examples" / "toy"
 MODES = ("none", "high", "max")
 # Room for 3 running requests: a run that is killed early has answered some of them and not others.
@@ -40,16 +39,6 @@ def add_and_stop(results, rows):
 example.Results.add = add_and_stop
 sys.exit(example.main(arguments))
 """
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[Any]:
-    with imported(SCRIPT) as module:
-        yield module
-
-
-def line(custom_id: str, content: str = "14+36?", **body: Any) -> dict[str, Any]:
-    return {"custom_id": custom_id, "body": {"messages": [{"role": "user", "content": content}], **body}}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

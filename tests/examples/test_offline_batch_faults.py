@@ -7,27 +7,13 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from testing.scripts import imported
-
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "offline_batch.py"
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[Any]:
-    with imported(SCRIPT) as module:
-        yield module
-
-
-def line(custom_id: str, content: str = "14+36?", **body: Any) -> dict[str, Any]:
-    return {"custom_id": custom_id, "body": {"messages": [{"role": "user", "content": content}], **body}}
-
+from testing.batch import line
 
 SAMPLING = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos",
