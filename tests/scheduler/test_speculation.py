@@ -47,8 +47,8 @@ def run(runner: Runner, budgets: tuple[int, ...] = (), tokens: int = NEW_TOKENS,
 
 def worst(found: Run, references: References) -> float:
     """The largest difference of any distribution; AssertionError if it is more than rounding."""
-    wanted = (references.get(prompt, NEW_TOKENS) for prompt in PROMPTS)
-    return max(difference(result, reference, SAME) for result, reference in zip(found.results, wanted, strict=False))
+    count = range(len(found.results))
+    return max(difference(found.result(n), references.get(PROMPTS[n], NEW_TOKENS), SAME) for n in count)
 
 
 @pytest.mark.parametrize("budgets", [(), (64, 31)], ids=["whole", "chunked"])
