@@ -3,8 +3,8 @@
     python -m checks.soak [DIR] [--minutes 10] [--clients 24] [--tensor-parallel-size 2] [--no-faults]
 
 Clients ask for random numbers of tokens after prompts of random lengths, many with a shared beginning. Half of them
-stream, a fifth hang up before the end, a third have a seed and up to three choices, priorities differ, and the cache
-holds only a few prompts. Checked are:
+stream, a fifth hang up before the end, three in ten have a seed and up to three choices, priorities differ, and the
+cache holds only a few prompts. Checked are:
 
 - every answer is the one that the same request had alone, with nothing cached;
 - requests were preempted, and prefixes found in the cache, so that the first check means something;
