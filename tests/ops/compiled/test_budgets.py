@@ -31,7 +31,7 @@ def test_budgets(layers, kind):
 def test_an_exceeded_budget_is_told_with_both_figures(layers, monkeypatch):
     monkeypatch.setitem(budgets.LAUNCHES, LayerKind.CSA, 1)
     monkeypatch.setitem(budgets.INSTRUCTIONS, "packed_experts", 0.5)
-    monkeypatch.setitem(budgets.WASTED, "down", 0.0)
+    monkeypatch.setitem(budgets.WASTED, "_linear", 0.0)
     launches, *_ = told = budgets.exceeded(LayerKind.CSA, layers[LayerKind.CSA])
     assert launches.startswith("CSA: ")
     assert launches.endswith("launches, the budget is 1")

@@ -88,7 +88,7 @@ CUDA_MISTAKES = {
         "plan.cuh", "% kPairs == 0;\n  }\n  gpu::sync_block();", "% kPairs == 0;\n  }",
     ),
     "an index off by one": ("experts.cu", "place_of(first + g + i", "place_of(first + g + 1 + i"),
-    "a segment left out": ("experts.cu", "for (int s = 0; s < work.segments; ++s) sums", "for (int s = 1; s < work.segments; ++s) sums"),
+    "a segment left out": ("experts.cu", "s = 0; s < work.segments; ++s) sums", "s = 1; s < work.segments; ++s) sums"),
     "a swapped fragment": ("gpu.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
     "a wrong nibble": ("weights.cuh", "word >> 4 * kPair, 0x000F000Fu", "word >> (4 * kPair + 1), 0x000F000Fu"),
 }  # fmt: skip

@@ -48,7 +48,7 @@ def packed_experts(
     Raises:
         ValueError: the environment asks for these kernels, and they cannot compute this layer.
     """
-    reason = unsuitable(x.dtype, scheme13, scheme2, x.shape[1], w2)
+    reason = unsuitable(x.dtype, scheme13, scheme2, x.shape[1], w2, topk_ids.shape[1])
     if reason is not None:
         if chosen() == "cuda":
             raise ValueError(
@@ -70,9 +70,9 @@ def packed_experts(
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
     *offsets, size = layout(tokens, topk, hidden, inner)
     scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-    base = scratch.data_ptr()
+    base, arrived = scratch.data_ptr(), _counters(x.device, counters(hidden, inner, topk))
     to = Buffers(
-        x.data_ptr(), *(base + offset for offset in offsets), _counters(x.device, counters(hidden, inner, topk)).data_ptr(),
+        x.data_ptr(), *(base + offset for offset in offsets), arrived.data_ptr(),
         out.data_ptr(), hidden, inner, _narrow(scheme13), _narrow(scheme2),
     )  # fmt: skip
     routing = Routing(ids.data_ptr(), weights.data_ptr(), tokens, topk, first_expert, w2["qweight"].shape[0])
@@ -87,7 +87,7 @@ def packed_experts(
 
 @functools.cache
 def layout(tokens: int, topk: int, hidden: int, inner: int) -> tuple[int, ...]:
-    """Where csrc/plan.cuh's `plan`, `rows`, `activation`, `halves` and `products` start in one allocation, and its size."""
+    """Where `plan`, `rows`, `activation`, `halves` and `products` of csrc/plan.cuh start, and the size of all."""
     pairs = tokens * topk
     sizes = (
         _PLAN_BYTES + _CHUNK_BYTES * pairs,
@@ -118,7 +118,7 @@ def _padded(columns: int) -> int:
 
 
 def unsuitable(
-    dtype: torch.dtype, scheme13: Scheme, scheme2: Scheme, hidden: int, w2: Mapping[str, torch.Tensor]
+    dtype: torch.dtype, scheme13: Scheme, scheme2: Scheme, hidden: int, w2: Mapping[str, torch.Tensor], topk: int = 1
 ) -> str | None:
     """Why these kernels cannot compute a layer, whatever its tokens; None where they can."""
     if dtype != torch.bfloat16:
@@ -127,6 +127,8 @@ def unsuitable(
         return f"weights in {scheme13.kind} and {scheme2.kind}, not both in int4 or fp4"
     if scheme13.act_order or scheme2.act_order:
         return "weights in activation order"
+    if topk > _MOST_TOPK:
+        return f"{topk} experts for each token, more than {_MOST_TOPK}"
     for columns, scheme in ((hidden, scheme13), (2 * w2["qweight"].shape[-1], scheme2)):
         whole = scheme.group_size % 256 == 0 or scheme.group_size in (32, 64, 128) or scheme.group_size == columns
         if columns % _COLUMNS or not whole:
