@@ -11,7 +11,13 @@
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kBlocks = 3;  // of a multiprocessor, which have 48 KB of weights on their way
+// Blocks of a multiprocessor, each with 16 KB of weights on their way: as many as its shared memory holds, but no more
+// than leave a thread 168 registers.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 3;
+#endif
 constexpr int kStages = 2;  // pieces of a warp's queue, each 128 bytes of every row
 constexpr int kRows = 32;   // of a unit: two of the matrix unit's tiles
 constexpr int kHalf = 128;  // columns that a warp's lanes read at once: 16 bytes of codes each
