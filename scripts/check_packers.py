@@ -6,10 +6,10 @@
 
 The release and the packages that its packing code imports are installed without dependencies into a temporary
 directory, so that neither torch nor the environment changes. `--save` also writes `config.json`, `model.safetensors`
-and `dequant.json` as `testing/data/checkpoints.tar.xz` holds them. llm-compressor packs with compressed-tensors.
+and `dequant.json` as `testing/data/checkpoints.tar.xz` holds them.
 
 AutoRound before 0.16 misreads a zero point of 0 that it stored minus one, and says so here: the errors against the
-source show whose reading is right.
+source show whose reading is right. llm-compressor's case is its `model_free_ptq`, run on a checkpoint of one matrix.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ IMPORTED = {
     "auto-round": (*_HUGGING_FACE, "python-dateutil", "py-cpuinfo"),
     "gptqmodel": (*_HUGGING_FACE, "pypcre", "logbar", "tokenicer", "device-smi", "defuser", "threadpoolctl"),
     "compressed-tensors": (),
+    "llmcompressor": (*_HUGGING_FACE, "python-dateutil", "compressed-tensors"),
 }
 GROUP = 64
 # A weight's native module, its `quantization_config`, its stored tensors, what the tool makes of them (fp32 [out, in],
@@ -207,10 +208,39 @@ def compressed_tensors() -> list[Case]:
     return made
 
 
+def llmcompressor() -> list[Case]:
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.entrypoints.model_free import model_free_ptq
+    from safetensors.torch import load_file, save_file
+
+    made: list[Case] = []
+    module, source = "layers.0.attn.wq_a", weight()
+    with tempfile.TemporaryDirectory() as directory:
+        plain = Path(directory) / "plain"
+        plain.mkdir()
+        save_file({f"{module}.weight": source}, plain / "model.safetensors")
+        (plain / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
+        for symmetric in (True, False):
+            arguments = QuantizationArgs(
+                num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=GROUP
+            )
+            scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+            written = Path(directory) / f"symmetric-{symmetric}"
+            model_free_ptq(plain, written, scheme, device="cpu")
+            config = json.loads((written / "config.json").read_text())["quantization_config"]
+            tensors = load_file(written / "model.safetensors")
+            stored = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
+            read = PackedQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+            made.append((module, config, stored, read.float(), source))
+    return made
+
+
 TOOLS: dict[str, Callable[[], list[Case]]] = {
     "auto-round": auto_round,
     "gptqmodel": gptqmodel,
     "compressed-tensors": compressed_tensors,
+    "llmcompressor": llmcompressor,
 }
 
 
