@@ -127,6 +127,12 @@ def layer_counts() -> dict[LayerKind, int]:
     return {kind: FLASH_CONFIG.layer_kinds[: FLASH_CONFIG.num_hidden_layers].count(kind) for kind in LayerKind}
 
 
+def memory_gb(machine: Machine, point: Point) -> float:
+    """GB that a GPU needs at least: its part of the weights, and the entries of all requests."""
+    cached = point.requests * floor.cache_bytes(floor.FLASH_LAYERS, point.context + point.new)
+    return (floor.weight_bytes(floor.FLASH_LAYERS) / machine.ranks + cached) / 1e9
+
+
 def _floor_us(machine: Machine, point: Point) -> float:
     """Work divided over the ranks without communication."""
     gpu = machine.gpu

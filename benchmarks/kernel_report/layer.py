@@ -128,10 +128,14 @@ def build(kind: LayerKind, scheme: Scheme) -> model.DeepseekV4DecoderLayer:
     return layer
 
 
-def step_through(layer: Any, point: Point) -> Callable[[], None]:
-    """A call that takes the layer one step further; may be called more than once."""
+def step_through(layer: Any, point: Point, steps: list[LayerStep] | None = None) -> Callable[[], None]:
+    """A call that takes the layer one step further; may be called more than once.
+
+    Args:
+        steps: what the attention computes instead, in vLLM's profiling run.
+    """
     tokens, hidden, streams = point.tokens, FLASH_CONFIG.hidden_size, FLASH_CONFIG.hc_mult
-    step = step_of(layer.kind, point)
+    steps = [step_of(layer.kind, point)] if steps is None else steps
     half = FLASH_CONFIG.qk_rope_head_dim // 2
     residual = Residual(
         torch.randn(tokens, streams, hidden, dtype=torch.bfloat16), torch.rand(tokens, streams),
@@ -141,8 +145,8 @@ def step_through(layer: Any, point: Point) -> Callable[[], None]:
     cos_sin, inv_freq = torch.rand(tokens, 2 * half), torch.rand(half)
 
     def call() -> None:
-        layer.caches.steps = lambda positions: [step]
-        layer(residual, step.positions, ids, cos_sin, inv_freq)
+        layer.caches.steps = lambda positions: steps
+        layer(residual, steps[-1].positions, ids, cos_sin, inv_freq)
 
     return call
 

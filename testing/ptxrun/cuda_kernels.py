@@ -23,13 +23,13 @@ from vllm_deepseek_v4flash.ops.cuda.library import Routing, Weights
 
 from .executable import Executable, Memory, Schedule
 from .parse import parse
-from .triton_kernels import Run
+from .triton_kernels import Compiled, Run, launch
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "experts.cu"
 THREADS = 128
 UP_ROWS, DOWN_ROWS = 16, 32  # of one block
-ScheduleOf = Callable[[tuple[int, int, int]], Schedule]
-"""Takes the grid of a launch."""
+Launcher = Callable[[str, Compiled, bytes, list[Memory], tuple[int, int, int]], None]
+"""Takes a kernel's name, the kernel, its parameters, the memory that it may access, and the grid."""
 _SCALE_BYTES = {0: 4, 1: 2, 2: 2, 3: 1}  # csrc/weights.cuh's ScaleType
 
 
@@ -77,8 +77,8 @@ def _address(value: int) -> bytes:
 class _Library:
     """Stands in for the compiled library: launches what its C function launches."""
 
-    def __init__(self, arch: int, source: Path, schedule: ScheduleOf, runs: list[Run]) -> None:
-        self.arch, self.source, self.schedule, self.runs = arch, source, schedule, runs
+    def __init__(self, arch: int, source: Path, launch: Launcher) -> None:
+        self.arch, self.source, self.launch = arch, source, launch
         stated = re.search(r"static_assert\(sizeof\(Shared\) == (\d+)\)", source.read_text())
         assert stated is not None, f"{source} does not assert the size of its shared memory"
         self.shared = int(stated[1])
@@ -109,9 +109,8 @@ class _Library:
         }
         for name, (tiles, values) in launches.items():
             executable = _executables(self.arch, self.source)[name, codec]
-            grid = (tiles, pairs, 1)
-            result = executable.launch(grid, _pack(executable, values), self.shared, memory, self.schedule(grid))
-            self.runs.append(Run(name, grid, result, self.shared, ptx(self.arch, self.source)))
+            compiled = Compiled(executable, ptx(self.arch, self.source), self.shared)
+            self.launch(name, compiled, _pack(executable, values), memory, (tiles, pairs, 1))
         return 0
 
 
@@ -126,10 +125,19 @@ def _weight_memory(name: str, weights: Weights, experts: int) -> list[Memory]:
 
 
 @contextlib.contextmanager
-def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | ScheduleOf | None = None) -> Iterator[list[Run]]:
-    """Run what `ops/cuda` launches on the executor, as if on a GPU of `arch`; yields what ran so far."""
+def launched(arch: int, launcher: Launcher, source: Path = SOURCE) -> Iterator[None]:
+    """Hand what `ops/cuda` launches to `launcher`, as if on a GPU of `arch`."""
+    with mock.patch.object(op, "library", return_value=_Library(arch, source, launcher)):
+        yield
+
+
+@contextlib.contextmanager
+def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | None = None) -> Iterator[list[Run]]:
+    """Run what `ops/cuda` launches on the executor; yields what ran so far."""
     runs: list[Run] = []
-    fixed = Schedule() if schedule is None else schedule
-    library = _Library(arch, source, fixed if callable(fixed) else lambda grid: fixed, runs)
-    with mock.patch.object(op, "library", return_value=library):
+
+    def run(name: str, compiled: Compiled, parameters: bytes, memory: list[Memory], grid: tuple[int, int, int]) -> None:
+        runs.append(launch(name, compiled, parameters, memory, grid, schedule))
+
+    with launched(arch, run, source):
         yield runs

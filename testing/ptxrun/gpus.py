@@ -32,6 +32,7 @@ class Gpu:
     """That a multiprocessor holds."""
     blocks: int
     shared_kb: int
+    memory_gb: int
     alu: float = 2.0
     xu: float = 0.5
     l2_bytes: float = 64.0
@@ -64,9 +65,9 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80, 108, 1.41, 2039, mma=0.5, fma=2.0, warps=64, blocks=32, shared_kb=164),
-        Gpu("RTX 3090", 86, 82, 1.695, 936, mma=0.125, fma=4.0, warps=48, blocks=16, shared_kb=100),
-        Gpu("RTX 4090", 89, 128, 2.52, 1008, mma=0.125, fma=4.0, warps=48, blocks=24, shared_kb=100),
-        Gpu("H100", 90, 132, 1.755, 3350, mma=1.0, fma=4.0, warps=64, blocks=32, shared_kb=228),
+        Gpu("A100", 80, 108, 1.41, 2039, mma=0.5, fma=2.0, warps=64, blocks=32, shared_kb=164, memory_gb=80),
+        Gpu("RTX 3090", 86, 82, 1.695, 936, mma=0.125, fma=4.0, warps=48, blocks=16, shared_kb=100, memory_gb=24),
+        Gpu("RTX 4090", 89, 128, 2.52, 1008, mma=0.125, fma=4.0, warps=48, blocks=24, shared_kb=100, memory_gb=24),
+        Gpu("H100", 90, 132, 1.755, 3350, mma=1.0, fma=4.0, warps=64, blocks=32, shared_kb=228, memory_gb=80),
     )
 }
