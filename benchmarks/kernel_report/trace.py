@@ -46,8 +46,10 @@ from .store import Store, key_of
 
 MOST_BLOCKS, MOST_PREFILL_BLOCKS = 256, 24
 """Of one launch that are executed; a prompt's do far more work each."""
-COMPLETE = ("_prepare", "_sort")
+COMPLETE = ("_prepare", "_sort", "prepare")
 """Kernels that run whole, and each time: they write what later kernels do."""
+WHOLE = (*COMPLETE, "gate_up", "down")
+"""Kernels of which no sample runs: csrc/'s blocks count each other."""
 REPLACED = ("_route", "_select")
 """Kernels whose choices are drawn at random instead."""
 # What PyTorch computes on a GPU by a launch; the other functions that it dispatches make views or allocate.
@@ -126,7 +128,11 @@ class Tracer:
             torch.manual_seed(0)
             step = layers.step_through(layer, point)
             # A process allocates these once.
-            cuda_experts._counters(torch.device("cpu"), FLASH_CONFIG.hidden_size // cuda_kernels.DOWN_ROWS)
+            for topk in (FLASH_CONFIG.num_experts_per_tok, FLASH_CONFIG.num_experts_per_tok + 1):
+                inner = FLASH_CONFIG.moe_intermediate_size // self.ranks
+                cuda_experts._counters(
+                    torch.device("cpu"), cuda_experts.counters(FLASH_CONFIG.hidden_size, inner, topk)
+                )
             with (
                 dispatch.wrap(self._wrap), recorded(self.device, self._launch),
                 cuda_kernels.launched(self.arch, self._launch_cuda), _Dispatched(self),
@@ -238,7 +244,7 @@ class Tracer:
         Args:
             values: of the integer tensors that the kernel reads.
         """
-        schedule = Schedule(check_every=self.check_every) if name in COMPLETE else self.schedule(grid)
+        schedule = Schedule(check_every=self.check_every) if name in WHOLE else self.schedule(grid)
         before = values()
         key = key_of(compiled, parameters, memory, before, grid, schedule)
         known = self.store.get(key)
@@ -313,9 +319,10 @@ def _fill(tensor: torch.Tensor) -> None:
 
 
 def _random_experts(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts, the shared one last where the router appends it."""
+    """Distinct experts, the same in every layer, and the shared one last where the router appends it."""
     tokens, routed = len(ids), FLASH_CONFIG.num_experts_per_tok
-    drawn = torch.rand(tokens, FLASH_CONFIG.n_routed_experts).topk(routed).indices
+    drawn = torch.rand(tokens, FLASH_CONFIG.n_routed_experts, generator=torch.Generator().manual_seed(tokens))
+    drawn = drawn.topk(routed).indices
     ids = torch.full_like(ids, FLASH_CONFIG.n_routed_experts)
     ids[:, :routed] = drawn
     return torch.rand_like(weights), ids
