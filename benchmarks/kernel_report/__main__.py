@@ -1,6 +1,7 @@
 """Counts what the compiled kernels do in a step of DeepSeek-V4-Flash, and estimates how long it takes. Needs no GPU.
 
     python -m benchmarks.kernel_report [--machine A100 ...] [--weight int4 fp4] [--short] [--write FILE] [--fresh]
+        [--marlin WHEEL]
 
 Each machine runs in a process of its own. Launches that ran before, with the same code and arguments, are not executed
 again (`store.py`). nvcc is needed for the kernels of csrc/.
@@ -20,8 +21,8 @@ from .document import document
 from .estimate import MACHINES
 from .layer import Point
 from .plot import bars
-from .run import job
-from .store import default_folder
+from .run import job, marlin
+from .store import Store, default_folder
 
 DECODE = [Point(requests, context) for context in (1 << 13, 1 << 17, 1 << 20) for requests in (1, 8, 32)]
 PREFILL = [Point(new=2048), Point(new=8192)]
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--weight", nargs="+", choices=("int4", "fp4"), default=["int4", "fp4"])
     parser.add_argument("--short", action="store_true", help="batch 1 and 8 at 8k only")
     parser.add_argument("--fresh", action="store_true", help="execute every launch, also those that ran before")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the report there, and its plot next to it")
+    parser.add_argument("--marlin", type=Path, metavar="WHEEL", help="count the Marlin kernels of a wheel of vLLM, too")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the report there, and its plots next to it")
     options = parser.parse_args(arguments)
     if cuda_kernels.nvcc() is None:
         parser.error("nvcc: not found, and csrc/'s kernels are part of a step. Install the CUDA toolkit.")
@@ -49,17 +51,26 @@ def main(arguments: Sequence[str]) -> int:
     else:
         with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
             results = [each for found in pool.imap(job, jobs, chunksize=1) for each in found]
-    text = document(results)
+    text = document(results, marlin(options.marlin, results, Store(folder)) if options.marlin else ())
     if options.write is None:
         print(text)
         return 0
     options.write.write_text(text)
-    decode = [each for each in results if not each.point.prefill and each.weight == "int4"]
-    rows = [
-        (f"{each.machine}, {each.point}", {k: v / 1e3 for k, v in each.step.families.items()}, each.step.floor_us / 1e3)
-        for each in decode
-    ]
-    options.write.with_suffix(".svg").write_text(bars("A decoding step, int4 weights, ms: an estimate", rows))
+    for suffix, title, prefill in (
+        (".svg", "A decoding step, int4 weights, ms: an estimate", False),
+        ("-prefill.svg", "A prompt, int4 weights, ms: an estimate", True),
+    ):
+        rows = [
+            (
+                f"{each.machine}, {each.point}",
+                {k: v / 1e3 for k, v in each.step.families.items()},
+                each.step.floor_us / 1e3,
+            )
+            for each in results
+            if each.point.prefill == prefill and each.weight == "int4"
+        ]
+        if rows:
+            options.write.with_name(options.write.stem + suffix).write_text(bars(title, rows))
     return 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import triton
 
-from testing.ptxrun.gpus import Gpu
+from testing.ptxrun.gpus import GPUS
 from testing.ptxrun.profile import Profile
 from vllm_deepseek_v4flash.config import LayerKind
 
@@ -20,7 +20,8 @@ from .estimate import (
     PRODUCT_SHARE,
     Machine,
     Step,
-    limit,
+    launch_us,
+    limits,
     memory_gb,
 )
 from .host import Host
@@ -35,13 +36,14 @@ UNITS = {
     "indexer_topk": "index entry",
 }
 """What an op's work is counted in."""
-DETAILED = (80, 90)
-"""Architectures whose kernels are listed one by one, at these points."""
-DETAILED_POINTS = (Point(1, 1 << 13), Point(8, 1 << 13), Point(32, 1 << 13), Point(1, 1 << 20), Point(new=8192))
-MARLIN = """For comparison: vLLM's Marlin MoE kernel for int4, bf16, groups of 128 and tiles of 8 tokens, read from the
-machine code for sm_80 in the wheel of vLLM 0.33.0 (`cuobjdump -sass`). Its loop over four stages has 757 instructions
-for 32 products of 16 x 16 weights: at most 3.0 per weight, without its start and the sums at a tile's end, which the
-counts of our kernels contain. It was not executed.
+WAVES_ON = tuple(GPUS[name] for name in ("A100", "H100", "L40S", "RTX 5090"))
+SMALL_US = 0.05
+"""Bounds below are not listed."""
+MARLIN = """vLLM's Marlin: the int4 kernel of `fused_marlin_moe` for bf16 and tiles of 8 tokens, both its launches. Its
+PTX for sm_80, from vLLM's wheel on PyPI, is executed and counted as ours is, with the same experts
+(`benchmarks/kernel_report/marlin.py`). What vLLM launches around it (sorting, activation, sum) is not counted.
+"""
+NO_MARLIN = """vLLM's Marlin kernel is not in this table: `ARGS="--marlin WHEEL"` counts it, for a wheel of vLLM 0.33.0.
 """
 Layers = Mapping[LayerKind, Sequence[Call]]
 
@@ -68,17 +70,18 @@ class Traced:
                         yield call, launch
 
 
-def document(traced: Sequence[Traced]) -> str:
-    """The whole page."""
+def document(traced: Sequence[Traced], marlin: Sequence[Traced] = ()) -> str:
+    """The whole page; `marlin`: vLLM's kernels for the experts, counted in the same way."""
     return "\n".join([
         _head(),
         "## A whole step (estimate)\n",
         _steps(traced),
-        "![An estimated step by family](kernel-report.svg)\n",
+        "![Estimated decoding steps by family](kernel-report.svg)\n",
+        "![Estimated prompts by family](kernel-report-prefill.svg)\n",
         "## Launches per layer\n",
         _launches(traced),
         "## Kernels\n",
-        _kernels(traced),
+        _kernels(traced, marlin),
         "## Wasted traffic and bank conflicts\n",
         _worst(traced),
     ])  # fmt: skip
@@ -154,43 +157,56 @@ def instructions_per_unit(call: Call) -> float:
     return LANES * issued / call.units
 
 
-def _kernels(traced: Sequence[Traced]) -> str:
+def _kernels(traced: Sequence[Traced], marlin: Sequence[Traced]) -> str:
     rows = [[
-        "machine", "weights", "step", "op: kernel", "blocks", "of them run", "warps", "registers", "shared KB",
-        "per SM", "waves", "KB in flight per SM", "instructions per unit", "mix", "sectors per request", "wasted",
-        "bank conflicts", "limit", "us at least",
+        "machine", "weights", "steps", "op: kernel", "blocks", "of them run", "warps", "registers", "shared KB",
+        "per SM", f"waves on {'/'.join(str(gpu.multiprocessors) for gpu in WAVES_ON)} SMs", "KB in flight per SM",
+        "instructions per unit", "mix", "sectors per request", "wasted", "bank conflicts", "us at least, by unit",
+        "us (estimate)",
     ]]  # fmt: skip
-    for each in traced:
-        if each.machine.gpu.arch not in DETAILED or each.point not in DETAILED_POINTS:
-            continue
-        found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    found: dict[tuple[str, ...], dict[Point, None]] = {}
+    for each in (*traced, *marlin):
         for call, launch in each.profiles():
-            packed = call.op.startswith("packed_")
-            if each.weight == "int4" or packed:  # formats differ in these ops alone
-                row = tuple(_kernel(each.machine.gpu, call, launch))
-                # Layers draw other experts.
-                found.setdefault(row[:2] if call.op == "packed_experts" else row, row)
-        rows += [[str(each.machine), each.weight, str(each.point), *row] for row in found.values()]
+            # Formats differ in these ops alone.
+            if each.weight == "int4" or call.op.startswith("packed_"):
+                row = (str(each.machine), each.weight, *_kernel(each.machine, call, launch))
+                found.setdefault(row, {})[each.point] = None
+    rows += [[*row[:2], _joined(list(points)), *row[2:]] for row, points in found.items()]
     units = ", ".join(f"{op}: {unit}" for op, unit in UNITS.items())
     return _table(rows) + (
-        f"\nUnits of the op's work, all its launches together: {units}. Instructions are those of threads. Bytes in "
-        f"flight are those of asynchronous copies.\n\n{MARLIN}"
+        f"\nSteps whose launches do not differ share a line. Units of the op's work, all its launches together: {units}."
+        " Instructions are those of threads. Bytes in flight are those of asynchronous copies. Waves are those of this "
+        f"architecture's kernel on {', '.join(gpu.name for gpu in WAVES_ON)}. A bound is what a unit needs at its full "
+        "rate; DRAM and issue at the rates above, which are assumptions.\n\n" + (MARLIN if marlin else NO_MARLIN)
     )
 
 
-def _kernel(gpu: Gpu, call: Call, launch: Profile) -> list[str]:
-    resident, traffic = launch.resident(gpu), launch.traffic
-    total = launch.instructions
-    mix = sorted(launch.issued.items(), key=lambda item: -item[1])[:4]
+def _joined(points: Sequence[Point]) -> str:
+    """Decoding steps by batch, with all their contexts; prompts."""
+    decode: dict[int, list[str]] = {}
+    for point in points:
+        if not point.prefill:
+            decode.setdefault(point.requests, []).append(f"{point.context >> 10}k")
+    batches = [f"batch {requests}, {'/'.join(contexts)}" for requests, contexts in decode.items()]
+    return "; ".join([*batches, *(str(point) for point in points if point.prefill)])
+
+
+def _kernel(machine: Machine, call: Call, launch: Profile) -> list[str]:
+    gpu, traffic = machine.gpu, launch.traffic
+    resident, total = launch.resident(gpu), launch.instructions
+    mix = sorted(launch.issued.items(), key=lambda item: -item[1])[:5]
     per_unit = f"{LANES * total / call.units:.2f}" if call.units else ""
-    unit, least = limit(launch, gpu)
+    bounds = sorted(limits(launch, gpu).items(), key=lambda item: -item[1])
     return [
         f"{call.op}: {launch.kernel.lstrip('_')}", str(launch.blocks), str(launch.ran), str(launch.warps),
-        str(launch.registers), f"{launch.shared / 1024:.1f}", str(resident), f"{launch.waves(gpu):.2f}",
+        str(launch.registers), f"{launch.shared / 1024:.1f}", str(resident),
+        "/".join(f"{launch.waves(other):.2f}" for other in WAVES_ON),
         f"{launch.in_flight * min(resident, -(-launch.blocks // gpu.multiprocessors)) / 1024:.0f}", per_unit,
         ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in mix),
         f"{traffic.sectors / max(traffic.requests, 1):.1f}", f"{traffic.wasted:.0%}",
-        f"{launch.wavefronts / launch.ideal_wavefronts:.2f}" if launch.ideal_wavefronts else "", unit, f"{least:.1f}",
+        f"{launch.wavefronts / launch.ideal_wavefronts:.2f}" if launch.ideal_wavefronts else "",
+        ", ".join(f"{unit} {us:.1f}" for unit, us in bounds if us >= SMALL_US),
+        f"{launch_us(launch, machine):.1f}",
     ]  # fmt: skip
 
 
@@ -198,7 +214,7 @@ def _worst(traced: Sequence[Traced]) -> str:
     lines: dict[str, None] = {}
     for each in traced:
         arch = each.machine.gpu.arch
-        for _, launch in each.profiles() if arch in DETAILED else ():
+        for _, launch in each.profiles():
             lines |= {f"- sm_{arch}, {launch.kernel.lstrip('_')}: {text}": None for text in launch.worst}
     return "\n".join(lines) + "\n"
 

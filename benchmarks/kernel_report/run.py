@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from vllm_deepseek_v4flash.config import LayerKind
 
 from ..flash_cases import WEIGHTS
 from . import estimate
+from . import marlin as marlin_kernels
 from .document import Traced
 from .estimate import MACHINES, Machine
 from .host import Host, host
@@ -34,6 +36,16 @@ def traced(machine: Machine, weight: str, points: Sequence[Point], store: Store)
             )
         found.append(Traced(machine, point, weight, layers, estimate.step(machine, point, layers), cost))
         print(f"{machine}, {weight}, {point}: {found[-1].step.us / 1e3:.2f} ms (estimate)", file=sys.stderr, flush=True)
+    return found
+
+
+def marlin(wheel: Path, results: Sequence[Traced], store: Store) -> list[Traced]:
+    """vLLM's experts in decoding steps, on the machines that its wheel has PTX for."""
+    found = []
+    for each in results:
+        if each.machine.gpu.arch == marlin_kernels.ARCH and each.weight == "int4" and not each.point.prefill:
+            call = marlin_kernels.count(wheel, each.machine.ranks, each.point, store)
+            found.append(dataclasses.replace(each, layers={LayerKind.WINDOW: [call]}))
     return found
 
 

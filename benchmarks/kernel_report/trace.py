@@ -318,13 +318,17 @@ def _fill(tensor: torch.Tensor) -> None:
         part.copy_(some[: len(part)])
 
 
-def _random_experts(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts, the same in every layer, and the shared one last where the router appends it."""
-    tokens, routed = len(ids), FLASH_CONFIG.num_experts_per_tok
+def drawn_experts(tokens: int) -> torch.Tensor:
+    """Distinct experts of each token, the same in every layer."""
     drawn = torch.rand(tokens, FLASH_CONFIG.n_routed_experts, generator=torch.Generator().manual_seed(tokens))
-    drawn = drawn.topk(routed).indices
+    return drawn.topk(FLASH_CONFIG.num_experts_per_tok).indices
+
+
+def _random_experts(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`drawn_experts`, the shared one last where the router appends it."""
+    routed = FLASH_CONFIG.num_experts_per_tok
     ids = torch.full_like(ids, FLASH_CONFIG.n_routed_experts)
-    ids[:, :routed] = drawn
+    ids[:, :routed] = drawn_experts(len(ids))
     return torch.rand_like(weights), ids
 
 

@@ -72,7 +72,7 @@ def _shared(source: Path, structure: str) -> int:
 
 def _resident(arch: int, shared: int) -> int:
     """Blocks of the products that a GPU holds."""
-    (gpu,) = (gpu for gpu in GPUS.values() if gpu.arch == arch)
+    gpu = next(gpu for gpu in GPUS.values() if gpu.arch == arch)  # blocks do not depend on which one
     return MULTIPROCESSORS[arch] * gpu.blocks_per_multiprocessor(THREADS // 32, REGISTERS, shared)
 
 
