@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from testing.ptxrun import cuda_kernels
@@ -49,8 +51,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(jobs) == 1:
         results = job(jobs[0])
     else:
-        with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
-            results = [each for found in pool.imap(job, jobs, chunksize=1) for each in found]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), spawn, max_tasks_per_child=1) as pool:
+            results = [each for found in pool.map(job, jobs) for each in found]
     text = document(results, marlin(options.marlin, results, Store(folder)) if options.marlin else ())
     if options.write is None:
         print(text)

@@ -174,7 +174,7 @@ def _kernels(traced: Sequence[Traced], marlin: Sequence[Traced]) -> str:
     rows += [[*row[:2], _joined(list(points)), *row[2:]] for row, points in found.items()]
     units = ", ".join(f"{op}: {unit}" for op, unit in UNITS.items())
     return _table(rows) + (
-        f"\nSteps whose launches do not differ share a line. Units of the op's work, all its launches together: {units}."
+        f"\nSteps whose launches do not differ share a line. Units of the op's work, its launches together: {units}."
         " Instructions are those of threads. Bytes in flight are those of asynchronous copies. Waves are those of this "
         f"architecture's kernel on {', '.join(gpu.name for gpu in WAVES_ON)}. A bound is what a unit needs at its full "
         "rate; DRAM and issue at the rates above, which are assumptions.\n\n" + (MARLIN if marlin else NO_MARLIN)

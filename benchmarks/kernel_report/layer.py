@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from testing.flash import FLASH_CONFIG
@@ -184,7 +185,9 @@ def _paged(page: PageSize, requests: int, first: int, end: int) -> PagedRows:
     """Each request has the pages of its tokens from `first` to `end`, one after another."""
     low, high = first // page.block_tokens, -(-end // page.block_tokens)
     count, size = requests * (high - low), page.rows * page.row_size
-    pages = torch.zeros((count, size), dtype=page.format.dtype)
+    # NumPy's zeros, unlike PyTorch's, take no memory until they are written.
+    zeros = np.zeros(count * size * page.format.dtype.itemsize, np.uint8)
+    pages = torch.from_numpy(zeros).view(page.format.dtype).view(count, size)
     table = torch.zeros((requests, high), dtype=torch.int32)
     table[:, low:] = torch.arange(count, dtype=torch.int32).view(requests, high - low)
     return PagedRows(pages, page.rows, page.format, table)
