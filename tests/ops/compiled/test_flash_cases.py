@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import inputs, moe
+from benchmarks import flash_cases, inputs, moe
 from benchmarks.attention.indexer import indexer_case, topk_case
 from benchmarks.attention.sparse import attention_case
 from benchmarks.attention.streams import mhc_head_case, mhc_post_pre_case, route_case
@@ -15,12 +15,19 @@ from benchmarks.roofline import Bench
 from testing.ptxrun.executable import Schedule
 from testing.ptxrun.verify import unexpected
 
+from .test_triton import CASES
+
 SIZES = dataclasses.replace(inputs.FLASH, contexts=(1 << 13,), ranks=(1,))
 FEW_EXPERTS = dataclasses.replace(moe.FLASH, experts=16)
 ALL_EXPERTS = dataclasses.replace(moe.FLASH, hidden=1024, inners=(512,))
 NARROW_EXPERTS = dataclasses.replace(FEW_EXPERTS, hidden=1024, inners=(512,))
 CHECK_EVERY = 5
 """Blocks: shared memory is checked in some, which takes half of the time."""
+
+
+def op_of(case):
+    """A case of the experts has the name of their weights instead."""
+    return "packed_experts" if case.op in flash_cases.WEIGHTS else case.op
 
 
 def benchmark_cases():
@@ -53,6 +60,11 @@ def benchmark_cases():
         for tokens in (1, 8, 64, 600):
             sizes, inner = (FEW_EXPERTS, INNER) if tokens < 64 else (NARROW_EXPERTS, 512)
             yield moe.experts_case(sizes, weight, inner, tokens, "triton")
+
+
+def test_every_op_is_executed_as_compiled():
+    executed = {op_of(case) for case in benchmark_cases()} | {name.partition(",")[0] for name in CASES}
+    assert {case.op for case in flash_cases.CASES} <= executed
 
 
 @pytest.mark.slow

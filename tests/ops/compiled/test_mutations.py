@@ -1,5 +1,6 @@
 """Mistakes in the kernels are noticed: by a finding, or because the result is not the oracle's."""
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import inputs
+from benchmarks.attention.writes import compress_case, insert_case
+from benchmarks.roofline import Bench, WrongResultError
 from testing.ops import compiled as cases
 from testing.ops.cuda_experts import INT4, Problem
 from testing.ops.numeric import assert_within, normal
@@ -33,7 +37,7 @@ def is_noticed(case, execute):
     try:
         actual, _ = verified(case.compute, execute, case.schedules[:1])
         case.check(actual)
-    except AssertionError:
+    except (AssertionError, WrongResultError):
         return True
     return False
 
@@ -87,6 +91,20 @@ def test_a_barrier_or_a_wait_left_out(rng, case, kernel, opcode, most):
     assert all(found), found
 
 
+def benchmark(make, rng):
+    """A kernel benchmark's case, which checks itself."""
+    torch.manual_seed(0)
+    work = make().build(Bench(CPU, dry=True, memory_bytes=1 << 30))
+
+    def compute():
+        work.check()
+        return ()
+
+    return cases.Case(compute, lambda actual: None)
+
+
+SIZES = dataclasses.replace(inputs.FLASH, contexts=(1 << 13,), ranks=(1,))
+CPU = torch.device("cpu")
 COPIES = "The masks keep lanes that hold copies from storing them again."
 FITS = "The sizes fill the tiles."
 SHIFT = "A softmax does not depend on the number that is subtracted from all logits."
@@ -124,6 +142,9 @@ FAMILIES = {
     "attention": [cases.sparse_attention],
     "indexer": [cases.indexer_topk],
     "experts": [cases.packed_experts],
+    "linears": [cases.packed_linear],
+    "compressor": [functools.partial(benchmark, lambda: compress_case(SIZES, "CSA", 2, 1))],
+    "cache rows": [functools.partial(benchmark, lambda: insert_case(SIZES, 3))],
 }
 
 
@@ -189,10 +210,33 @@ CUDA_MISTAKES = {
     "an index off by one": ("experts.cu", "place_of(first + g + i", "place_of(first + g + 1 + i"),
     "a segment left out": ("experts.cu", "s = 0; s < work.segments; ++s) sums", "s = 1; s < work.segments; ++s) sums"),
     "a swapped fragment": ("gpu.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
+    "a wrong swizzle": (
+        "product.cuh", "[row][swizzled(row, number)])[t];", "[row][number])[t];",
+    ),
+    "the swizzle of another row": (
+        "product.cuh", "at = swizzled(row, lane % 8);", "at = swizzled(row + 1, lane % 8);",
+    ),
+    "an accumulator in bf16": (
+        "product.cuh", "sums[0] += upper * part[0];",
+        "sums[0] = gpu::float_of_bits(gpu::bits_of_float(sums[0] + upper * part[0]) & 0xFFFF0000u);",
+    ),
+    "a mask left out": (
+        "experts.cu", "if (2 * t + side >= chunk.count) continue;\n    float* at", "float* at",
+    ),
+    "the next token's activations": ("experts.cu", "chunk.tokens[g])", "chunk.tokens[g ^ 1])"),
+    "a copy into the piece that is read": (
+        "product.cuh", "(piece + kStages - 1) % kStages);", "(piece + kStages) % kStages);",
+    ),
+    "another row's scale": ("product.cuh", "at.queue.scales[lower][step]", "at.queue.scales[upper][step]"),
+    "no fence": ("experts.cu", "gpu::fence();", ""),
     "a wrong nibble": ("weights.cuh", "word >> 4 * kPair, 0x000F000Fu", "word >> (4 * kPair + 1), 0x000F000Fu"),
 }  # fmt: skip
 
 
+UNNOTICED_IN_CUDA = {
+    "none": "It is no mistake.",
+    "no fence": "The executor runs one block after another: memory order between blocks is not modelled.",
+}
 ORDINARY = ("one wait too few", "no sync_warp between scales and products")  # nvcc takes some seconds for each
 
 
@@ -211,4 +255,4 @@ def test_mistakes_in_cuda_sources(nvcc, rng, monkeypatch, tmp_path, mistake):
     problem = Problem(rng, "cpu", INT4, hidden=4096, inner=96, tokens=2)
     case = cases.Case(problem.run, lambda actual: assert_within(actual, *problem.expected()))
     execute = functools.partial(cuda_kernels.executed, SM_80, source=Path(tmp_path) / "experts.cu")
-    assert is_noticed(case, execute) == (mistake != "none")
+    assert is_noticed(case, execute) == (mistake not in UNNOTICED_IN_CUDA)
