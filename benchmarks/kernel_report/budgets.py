@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from vllm_deepseek_v4flash.config import LayerKind
 
-from .document import instructions_per_unit, launches_of
+from .document import UNITS, instructions_per_unit, launches_of
 from .layer import Point
 from .trace import Call, Profile
 
@@ -18,7 +18,7 @@ POINT, ARCH, RANKS = Point(8, 1 << 13), 80, 2
 LAUNCHES = {LayerKind.WINDOW: 23, LayerKind.CSA: 30, LayerKind.HCA: 24}
 """Of a layer, without all-reduces."""
 INSTRUCTIONS = {"packed_experts": 2.6, "packed_linear": 8.5}
-"""Of threads for each int4 weight."""
+"""Of threads for each int4 weight, pair of a head and a key, and index entry."""
 CALLS = {LayerKind.WINDOW: 1900, LayerKind.CSA: 2550, LayerKind.HCA: 2000}
 """Of Python functions, and of C functions from Python, that start a layer's launches: what a step without CUDA graphs
 costs the host, in units that do not depend on the machine. Python 3.11 to 3.13 and versions of PyTorch differ by some
@@ -37,7 +37,8 @@ def exceeded(kind: LayerKind, calls: Sequence[Call]) -> list[str]:
     for call in calls:
         if call.op in INSTRUCTIONS and instructions_per_unit(call) > INSTRUCTIONS[call.op]:
             issued = instructions_per_unit(call)
-            found.append(f"{call.op}: {issued:.2f} instructions a weight, the budget is {INSTRUCTIONS[call.op]}")
+            unit, budget = UNITS[call.op], INSTRUCTIONS[call.op]
+            found.append(f"{call.op}: {issued:.2f} instructions for each {unit}, the budget is {budget}")
         for launch in call.launches:
             if isinstance(launch, Profile) and launch.traffic.wasted > WASTED.get(launch.kernel, 1.0):
                 wasted, budget = launch.traffic.wasted, WASTED[launch.kernel]

@@ -133,7 +133,7 @@ def _count(wheel: Path, product: _Product, ids: torch.Tensor, store: Store) -> P
     (kernel,) = parse(ptx).values()
     executable = Executable(kernel, (shape.threads, 1, 1))
     grid, dynamic = (multiprocessors * resident, 1, 1), MOST_SHARED // resident - (1024 if resident > 1 else 0)
-    sorted_ids, experts = _sorted(ids)
+    sorted_ids, experts = sorted_pairs(ids)
     codes = torch.zeros(FLASH_CONFIG.n_routed_experts, product.rows, product.columns // 2, dtype=torch.uint8)
     scales = torch.zeros(len(codes), product.columns // GROUP, product.rows, dtype=torch.bfloat16)
     locks = torch.zeros(multiprocessors * MOST_RESIDENT, dtype=torch.int32)
@@ -193,7 +193,7 @@ def _prepared(wheel: Path, name: str) -> str:
     return with_lines(kernels(wheel)[name])
 
 
-def _sorted(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sorted_pairs(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pairs by expert, each filled up to whole tiles with a number that is no pair's; the tiles' experts."""
     flat, pairs, experts = ids.flatten(), list[int](), list[int]()
     for expert in flat.unique().tolist():

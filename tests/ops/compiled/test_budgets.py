@@ -67,7 +67,7 @@ def test_an_exceeded_budget_is_told_with_both_figures(layers, monkeypatch):
     launches, *_ = told = budgets.exceeded(LayerKind.CSA, layers[LayerKind.CSA])
     assert launches.startswith("CSA: ")
     assert launches.endswith("launches, the budget is 1")
-    assert any("instructions a weight, the budget is 0.5" in text for text in told)
+    assert any("instructions for each 4-bit weight, the budget is 0.5" in text for text in told)
     assert any("the budget is 0%" in text for text in told)
 
 
