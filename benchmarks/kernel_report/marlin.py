@@ -94,7 +94,7 @@ def with_lines(ptx: str) -> str:
     lines = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
     begin = next(number for number, line in enumerate(lines) if line.startswith("{"))
     for number in range(begin, len(lines)):
-        if re.match(r"\s*(@!?%\w+\s+)?[a-z][\w.:]*\s.*;", lines[number]):
+        if re.match(r"\s*(@!?%\w+\s+)?[a-z][\w.:]*(\s.*)?;", lines[number]):
             lines[number] = f".loc 1 {number} 0\n{lines[number]}"
     return "\n".join([*lines, '.file 1 "marlin.ptx"', ""])
 
