@@ -60,13 +60,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     options.write.write_text(text)
     for suffix, title, prefill in (
-        (".svg", "A decoding step, int4 weights, ms: an estimate", False),
+        (".svg", "A decoding step, int4 weights, ms: an estimate (*: does not fit into memory)", False),
         ("-prefill.svg", "A prompt, int4 weights, ms: an estimate", True),
     ):
         rows = [
             (
-                f"{each.machine}, {each.point}",
-                {k: v / 1e3 for k, v in each.step.families.items()},
+                f"{each.machine}, {each.point}{'' if each.fits else '*'}",
+                {family: us / 1e3 for family, us in each.step.families.items()},
                 each.step.floor_us / 1e3,
             )
             for each in results

@@ -61,6 +61,11 @@ class Traced:
     host: Host | None = None
     """What a decoding step of 43 layers without CUDA graphs costs on the machine that wrote the report."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether the weights and the cached entries fit into the GPUs' memory."""
+        return memory_gb(self.machine, self.point) <= self.machine.gpu.memory_gb
+
     def profiles(self) -> Iterator[tuple[Call, Profile]]:
         """The launches of our own kernels, each with the op that it belongs to."""
         for calls in self.layers.values():
@@ -128,7 +133,7 @@ def _steps(traced: Sequence[Traced]) -> str:
 def _memory(each: Traced) -> str:
     """What a step needs of a GPU's memory, and whether that is too much."""
     needed, held = memory_gb(each.machine, each.point), each.machine.gpu.memory_gb
-    return f"{needed:.0f} of {held}" + (", **does not fit**" if needed > held else "")
+    return f"{needed:.0f} of {held}" + ("" if each.fits else ", **does not fit**")
 
 
 def _launches(traced: Sequence[Traced]) -> str:
