@@ -38,7 +38,7 @@ bench-attention: setup
 bench-moe: setup
 	$(BIN)/python -m benchmarks.moe $(ARGS)
 
-# Executes compiled kernels on the CPU; needs nvcc, and about half an hour on two cores.
+# Executes compiled kernels on the CPU; needs nvcc, and half an hour on two cores the first time. What ran is kept.
 kernel-report: setup
 	$(BIN)/python -m benchmarks.kernel_report --write docs/kernel-report.md $(ARGS)
 

@@ -85,6 +85,18 @@ def decode(layers: Mapping[str, int], batch: int, context: int) -> Cost:
     return sum((decode_layer(kind, batch, context) * count for kind, count in layers.items()), head)
 
 
+def weight_bytes(layers: Mapping[str, int]) -> float:
+    """All weights, with embedding and head."""
+    experts = EXPERTS * EXPERT * PACKED
+    return 2 * HEAD * _BF16 + sum(count * (dense_bytes(kind) + experts) for kind, count in layers.items())
+
+
+def cache_bytes(layers: Mapping[str, int], context: int) -> float:
+    """The entries of one sequence; windows and states, which do not grow, are left out."""
+    per_token = {"window": 0.0, "CSA": (ROW + KEY) / 4, "HCA": ROW / 128}
+    return context * sum(count * per_token[kind] for kind, count in layers.items())
+
+
 def prefill(layers: Mapping[str, int], tokens: int, chunk: int) -> Cost:
     """One causal sequence, in chunks that each read all weights."""
     steps = -(-tokens // chunk)

@@ -68,14 +68,12 @@ def launch_us(launch: Launch, machine: Machine) -> float:
         return machine.all_reduce_us + 2 * (ranks - 1) / ranks * launch.bytes / machine.link_gb / 1e3
     if isinstance(launch, TorchLaunch):
         return LAUNCH_US + max(_dram_us(launch.bytes, gpu), launch.flops / (PRODUCT_SHARE * gpu.mma_gflops) / 1e3)
-    return LAUNCH_US + limit(launch, gpu)[1]
+    return LAUNCH_US + max(limits(launch, gpu).values())
 
 
-def limit(launch: Profile, gpu: Gpu) -> tuple[str, float]:
-    """What a launch waits for, and for how many microseconds."""
-    bounds = launch.bounds_us(gpu) | {"DRAM": _dram_us(launch.traffic.moved, gpu), "issue": _issue_us(launch, gpu)}
-    unit = max(bounds, key=lambda name: bounds[name])
-    return unit, bounds[unit]
+def limits(launch: Profile, gpu: Gpu) -> dict[str, float]:
+    """The microseconds that each unit needs; a launch waits for the slowest."""
+    return launch.bounds_us(gpu) | {"DRAM": _dram_us(launch.traffic.moved, gpu), "issue": _issue_us(launch, gpu)}
 
 
 def _dram_us(moved: float, gpu: Gpu) -> float:
@@ -125,6 +123,12 @@ def step(machine: Machine, point: Point, layers: Mapping[LayerKind, Sequence[Cal
 def layer_counts() -> dict[LayerKind, int]:
     """How many of Flash's layers are of each kind."""
     return {kind: FLASH_CONFIG.layer_kinds[: FLASH_CONFIG.num_hidden_layers].count(kind) for kind in LayerKind}
+
+
+def memory_gb(machine: Machine, point: Point) -> float:
+    """GB that a GPU needs at least: its part of the weights, and the entries of all requests."""
+    cached = point.requests * floor.cache_bytes(floor.FLASH_LAYERS, point.context + point.new)
+    return (floor.weight_bytes(floor.FLASH_LAYERS) / machine.ranks + cached) / 1e9
 
 
 def _floor_us(machine: Machine, point: Point) -> float:

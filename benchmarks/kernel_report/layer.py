@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from testing.flash import FLASH_CONFIG
@@ -128,10 +129,14 @@ def build(kind: LayerKind, scheme: Scheme) -> model.DeepseekV4DecoderLayer:
     return layer
 
 
-def step_through(layer: Any, point: Point) -> Callable[[], None]:
-    """A call that takes the layer one step further; may be called more than once."""
+def step_through(layer: Any, point: Point, steps: list[LayerStep] | None = None) -> Callable[[], None]:
+    """A call that takes the layer one step further; may be called more than once.
+
+    Args:
+        steps: what the attention computes instead, in vLLM's profiling run.
+    """
     tokens, hidden, streams = point.tokens, FLASH_CONFIG.hidden_size, FLASH_CONFIG.hc_mult
-    step = step_of(layer.kind, point)
+    steps = [step_of(layer.kind, point)] if steps is None else steps
     half = FLASH_CONFIG.qk_rope_head_dim // 2
     residual = Residual(
         torch.randn(tokens, streams, hidden, dtype=torch.bfloat16), torch.rand(tokens, streams),
@@ -141,8 +146,8 @@ def step_through(layer: Any, point: Point) -> Callable[[], None]:
     cos_sin, inv_freq = torch.rand(tokens, 2 * half), torch.rand(half)
 
     def call() -> None:
-        layer.caches.steps = lambda positions: [step]
-        layer(residual, step.positions, ids, cos_sin, inv_freq)
+        layer.caches.steps = lambda positions: steps
+        layer(residual, steps[-1].positions, ids, cos_sin, inv_freq)
 
     return call
 
@@ -180,7 +185,9 @@ def _paged(page: PageSize, requests: int, first: int, end: int) -> PagedRows:
     """Each request has the pages of its tokens from `first` to `end`, one after another."""
     low, high = first // page.block_tokens, -(-end // page.block_tokens)
     count, size = requests * (high - low), page.rows * page.row_size
-    pages = torch.zeros((count, size), dtype=page.format.dtype)
+    # NumPy's zeros, unlike PyTorch's, take no memory until they are written.
+    zeros = np.zeros(count * size * page.format.dtype.itemsize, np.uint8)
+    pages = torch.from_numpy(zeros).view(page.format.dtype).view(count, size)
     table = torch.zeros((requests, high), dtype=torch.int32)
     table[:, low:] = torch.arange(count, dtype=torch.int32).view(requests, high - low)
     return PagedRows(pages, page.rows, page.format, table)

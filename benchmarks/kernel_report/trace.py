@@ -8,9 +8,8 @@ on the index's choice: both are drawn at random instead.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import ctypes
 import math
-import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,23 +20,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from testing.flash import FLASH_CONFIG
 from testing.ptxrun import cuda_kernels
-from testing.ptxrun.executable import Schedule
+from testing.ptxrun.executable import Memory, Schedule
 from testing.ptxrun.profile import Profile, profile
-from testing.ptxrun.triton_kernels import MULTIPROCESSORS, Compiler, Run, compiler, dimensions, execute
+from testing.ptxrun.triton_kernels import (
+    MULTIPROCESSORS,
+    Compiled,
+    Compiler,
+    compiler,
+    dimensions,
+    launch,
+    pack,
+    spans,
+)
+from testing.ptxrun.verify import unexpected
+from vllm_deepseek_v4flash.kv_cache.layer_step import LayerStep
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda_experts
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme
 from vllm_deepseek_v4flash.ops.torch import linear_fp32, merged_linear
-from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
+from vllm_deepseek_v4flash.ops.triton.launch import Device, Recorder, recorded
 
 from . import layer as layers
 from .layer import LayerKind, Point
+from .store import Store, key_of
 
 MOST_BLOCKS, MOST_PREFILL_BLOCKS = 256, 24
 """Of one launch that are executed; a prompt's do far more work each."""
-COMPLETE = ("_prepare", "_sort")
-"""Kernels that run whole: they write what later kernels do."""
-WHOLE = Schedule(check_every=0)
+COMPLETE = ("_prepare", "_sort", "prepare")
+"""Kernels that run whole, and each time: they write what later kernels do."""
+WHOLE = (*COMPLETE, "gate_up", "down")
+"""Kernels of which no sample runs: csrc/'s blocks count each other."""
+REPLACED = ("_route", "_select")
+"""Kernels whose choices are drawn at random instead."""
 # What PyTorch computes on a GPU by a launch; the other functions that it dispatches make views or allocate.
 _PRODUCTS = ("aten.mm", "aten.bmm", "aten.addmm")
 _LAUNCHES = (
@@ -87,51 +101,58 @@ class Tracer:
         arch: the GPU's, 80 for sm_80.
         ranks: of tensor parallelism.
         scheme: how the weights are packed.
+        store: profiles of launches that need not run again; None for an empty one in memory.
+        check_every: every so many blocks one's accesses to shared memory are checked; 0 for none.
     """
 
-    def __init__(self, arch: int, ranks: int, scheme: Scheme) -> None:
-        self.arch, self.ranks, self.scheme = arch, ranks, scheme
+    def __init__(self, arch: int, ranks: int, scheme: Scheme, store: Store | None = None, check_every: int = 0) -> None:
+        self.arch, self.ranks, self.scheme, self.check_every = arch, ranks, scheme, check_every
+        self.device = Device(MULTIPROCESSORS[arch], native_fp8=arch >= 89)
         self.compiler: Compiler = compiler(arch)
-        self.profiles: dict[str, Profile] = {}
+        self.store = Store() if store is None else store
         self.layers: dict[LayerKind, Any] = {}
+        self.weights: set[int] = set()
+        """Addresses of the layers' parameters."""
         self.calls: list[Call] = []
         self.depth = 0
         self.most_blocks = MOST_BLOCKS
-        self.cuda_runs: list[Run] = []
+        self.findings: list[str] = []
+        """Faults of the launches that were executed."""
 
     def trace(self, kind: LayerKind, point: Point) -> list[Call]:
         """What a layer of this kind starts."""
-        torch.manual_seed(0)
         self.calls = []
         self.most_blocks = MOST_PREFILL_BLOCKS if point.prefill else MOST_BLOCKS
         with self._on_gpu(("cuda", "triton"), self._all_reduce, self._multiply):
-            if kind not in self.layers:
-                self.layers[kind] = layers.build(kind, self.scheme)
-            step = layers.step_through(self.layers[kind], point)
+            layer = self.layer(kind)
+            torch.manual_seed(0)
+            step = layers.step_through(layer, point)
             # A process allocates these once.
             for topk in (FLASH_CONFIG.num_experts_per_tok, FLASH_CONFIG.num_experts_per_tok + 1):
                 inner = FLASH_CONFIG.moe_intermediate_size // self.ranks
                 cuda_experts._counters(
                     torch.device("cpu"), cuda_experts.counters(FLASH_CONFIG.hidden_size, inner, topk)
                 )
-            with dispatch.wrap(self._wrap), self._executed(), _Dispatched(self):
+            with (
+                dispatch.wrap(self._wrap), recorded(self.device, self._launch),
+                cuda_kernels.launched(self.arch, self._launch_cuda), _Dispatched(self),
+            ):  # fmt: skip
                 step()
         return self.calls
 
-    def host_us(self, kind: LayerKind, point: Point, repetitions: int = 5) -> float:
-        """Microseconds of Python that a layer takes to start its launches without a CUDA graph, on this machine.
+    @contextlib.contextmanager
+    def launching(
+        self, kind: LayerKind, point: Point, recorder: Recorder, steps: list[LayerStep] | None = None
+    ) -> Iterator[Callable[[], None]]:
+        """A call that takes a layer one step further by Triton's kernels, whose launches go to `recorder` instead."""
+        with self._on_gpu(("triton",), lambda x: x, _product), recorded(self.device, recorder):
+            yield layers.step_through(self.layer(kind), point, steps)
 
-        Nothing is executed. PyTorch's own launches cost what they cost on a CPU, and Triton's launcher nothing.
-        """
-
-        def nothing(*launch: Any) -> None:
-            pass
-
-        device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
-        with self._on_gpu(("triton",), lambda x: x, _product), recorded(device, nothing):
-            step = layers.step_through(self.layers[kind], point)
-            step()
-            return min(timeit.repeat(step, number=1, repeat=repetitions)) * 1e6
+    def layer(self, kind: LayerKind) -> Any:
+        if kind not in self.layers:
+            self.layers[kind] = layers.build(kind, self.scheme)
+            self.weights |= {weight.untyped_storage().data_ptr() for weight in self.layers[kind].parameters()}
+        return self.layers[kind]
 
     @contextlib.contextmanager
     def _on_gpu(
@@ -158,11 +179,11 @@ class Tracer:
         """Of a large grid, some blocks: evenly over its rows, which may differ in work, in another column each."""
         columns, rows = grid[0], grid[1] * grid[2]
         if columns * rows <= self.most_blocks:
-            return WHOLE
+            return Schedule(check_every=self.check_every)
         step = math.ceil(columns * rows / self.most_blocks) | 1
         if 2 * rows >= self.most_blocks:
             step = (columns + 1) * math.ceil(rows / self.most_blocks)
-        return Schedule(block_step=step, check_every=0)
+        return Schedule(block_step=step, check_every=self.check_every)
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -170,8 +191,6 @@ class Tracer:
             self.depth += 1
             try:
                 result = function(*args, **kwargs)
-                while self.cuda_runs:
-                    self.add(profile(self.cuda_runs.pop(0)))
             finally:
                 self.depth -= 1
             with torch.utils._python_dispatch._disable_current_modes():
@@ -200,27 +219,54 @@ class Tracer:
             return float(tokens * heads * (keys + (options["max_entries"] if chosen is None else chosen.shape[1])))
         return 0.0
 
-    @contextlib.contextmanager
-    def _executed(self) -> Iterator[None]:
-        device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
-        with (
-            recorded(device, self._launch),
-            # Their blocks count each other, so that all run.
-            cuda_kernels.executed(self.arch, schedule=lambda grid: WHOLE) as self.cuda_runs,
-        ):
-            yield
-
     def _launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not all(grid):
             return
-        name, dims = kernel.fn.__name__, dimensions(grid)
         with torch.utils._python_dispatch._disable_current_modes():
             compiled, given = self.compiler.compile(kernel, args, options)
-            key = _key(compiled.ptx, dims, given)
-            if key not in self.profiles:
-                schedule = WHOLE if name in COMPLETE else self.schedule(dims)
-                self.profiles[key] = profile(execute(name, compiled, given, dims, schedule))
-        self.add(self.profiles[key])
+            parameters = pack(compiled.executable, given)
+            self._count(
+                kernel.fn.__name__, compiled, parameters, spans(given), dimensions(grid), lambda: self._integers(given)
+            )
+
+    def _launch_cuda(
+        self, name: str, compiled: Compiled, parameters: bytes, memory: list[Memory], grid: tuple[int, int, int]
+    ) -> None:
+        values = b"".join(ctypes.string_at(m.base, m.size) for m in memory if m.name == "ids")
+        self._count(name, compiled, parameters, memory, grid, lambda: values)
+
+    def _count(
+        self, name: str, compiled: Compiled, parameters: bytes, memory: list[Memory], grid: tuple[int, int, int],
+        values: Callable[[], bytes],
+    ) -> None:  # fmt: skip
+        """Adds the profile of a launch, which runs unless it is known.
+
+        Args:
+            values: of the integer tensors that the kernel reads.
+        """
+        schedule = Schedule(check_every=self.check_every) if name in WHOLE else self.schedule(grid)
+        before = values()
+        key = key_of(compiled, parameters, memory, before, grid, schedule)
+        known = self.store.get(key)
+        if known is None or name in COMPLETE:
+            run = launch(name, compiled, parameters, memory, grid, schedule)
+            self.findings += [f"{name}: {finding}" for finding in unexpected(run)]
+            if name not in (*COMPLETE, *REPLACED) and values() != before:
+                raise RuntimeError(f"{name} writes integers, which later kernels may read. Add it to COMPLETE.")
+            if known is None:
+                known = profile(run)
+                self.store.put(key, known)
+        self.add(known)
+
+    def _integers(self, given: list[Any]) -> bytes:
+        """The values of tensors that say where a kernel reads: all integers but the weights' codes."""
+        return b"".join(
+            value.contiguous().numpy().tobytes()
+            for value in given
+            if isinstance(value, torch.Tensor)
+            and value.dtype in (torch.int32, torch.int64)
+            and value.untyped_storage().data_ptr() not in self.weights
+        )
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         if self.ranks > 1:
@@ -245,7 +291,7 @@ class _Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).rpartition(".")[0]
-        if name in ("aten.empty", "aten.new_empty", "aten.empty_like") and result.is_floating_point():
+        if name in ("aten.empty", "aten.new_empty", "aten.empty_like"):
             if result.numel():
                 _fill(result)
         elif name in _LAUNCHES and isinstance(result, torch.Tensor):
@@ -261,7 +307,10 @@ def _product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch
 
 
 def _fill(tensor: torch.Tensor) -> None:
-    """Random numbers, repeated where there are many."""
+    """Zeros for integers; random numbers for others, repeated where there are many."""
+    if not tensor.is_floating_point():
+        tensor.zero_()
+        return
     flat = tensor.view(-1)
     some = torch.randn(min(len(flat), 1 << 16), dtype=torch.float32).to(tensor.dtype)
     for start in range(0, len(flat), len(some)):
@@ -269,17 +318,17 @@ def _fill(tensor: torch.Tensor) -> None:
         part.copy_(some[: len(part)])
 
 
-def _key(ptx: str, grid: tuple[int, int, int], given: list[Any]) -> str:
-    values = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in given]
-    return hashlib.sha256(repr((ptx, grid, values)).encode()).hexdigest()
+def drawn_experts(tokens: int) -> torch.Tensor:
+    """Distinct experts of each token, the same in every layer."""
+    drawn = torch.rand(tokens, FLASH_CONFIG.n_routed_experts, generator=torch.Generator().manual_seed(tokens))
+    return drawn.topk(FLASH_CONFIG.num_experts_per_tok).indices
 
 
 def _random_experts(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts, the shared one last where the router appends it."""
-    tokens, routed = len(ids), FLASH_CONFIG.num_experts_per_tok
-    drawn = torch.rand(tokens, FLASH_CONFIG.n_routed_experts).topk(routed).indices
+    """`drawn_experts`, the shared one last where the router appends it."""
+    routed = FLASH_CONFIG.num_experts_per_tok
     ids = torch.full_like(ids, FLASH_CONFIG.n_routed_experts)
-    ids[:, :routed] = drawn
+    ids[:, :routed] = drawn_experts(len(ids))
     return torch.rand_like(weights), ids
 
 

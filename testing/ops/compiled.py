@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 
+from vllm_deepseek_v4flash.ops.packed_weight import dequantise
 from vllm_deepseek_v4flash.ops.rows import PagedRows, RowFormat
 
 from ..ptxrun.executable import Schedule
 from ..ptxrun.verify import SCHEDULES
 from .attention import attend
-from .mhc import OPTIONS, check_entered, entering
-from .numeric import FUNCTION, U32, assert_within, f64, integers, normal
+from .mhc import OPTIONS, check_entered, entering, leaving
+from .numeric import FUNCTION, U32, U, assert_within, f64, integers, normal
 from .packed_weights import check_experts, dense, experts_in_fp64, random_weight, scheme_of, stacked
 from .paging import make_cache
 
@@ -68,6 +70,69 @@ def mhc_pre(rng: torch.Generator) -> Case:
     arguments = entering(rng, CPU, tokens=3, n=4, hidden=HIDDEN, dtype=BF16, norm=True)
     op = module_of("mhc_pre").mhc_pre
     return Case(lambda: op(*arguments, **OPTIONS), lambda actual: check_entered(actual, *arguments, **OPTIONS))
+
+
+def mhc_post(rng: torch.Generator) -> Case:
+    x, streams, post, comb = leaving(rng, CPU, tokens=3, n=4, hidden=HIDDEN, dtype=BF16)
+    terms = torch.cat(
+        (f64(post)[:, None, :, None] * f64(x)[:, None, None], f64(comb)[..., None] * f64(streams)[:, :, None]), dim=1
+    )
+
+    def check(actual: torch.Tensor) -> None:
+        assert_within(actual, terms.sum(1), (4 + 2) * U32 * terms.abs().sum(1))
+
+    op = module_of("mhc_post").mhc_post
+    return Case(lambda: op(x, streams, post, comb), check)
+
+
+def swiglu(rng: torch.Generator) -> Case:
+    gate, up = (normal(rng, 3, 2048, scale=6, dtype=BF16) for _ in range(2))
+    expected = torch.nn.functional.silu(f64(gate).clamp(max=10)) * f64(up).clamp(-10, 10)
+
+    def check(actual: torch.Tensor) -> None:
+        # exp of x errs by |x| * U32 more than by its own ulp where it is computed through exp2; |x| < 30 here.
+        assert_within(actual, expected, (FUNCTION + 30 * U32) * expected.abs())
+
+    op = module_of("swiglu").swiglu
+    return Case(lambda: op(gate, up, 10.0), check)
+
+
+def rope_table(rng: torch.Generator) -> Case:
+    positions, inv_freq = torch.randint(0, 2**20, (70,), generator=rng), torch.rand(ROPE // 2, generator=rng)
+    angles = (positions.float()[:, None] * inv_freq).double()
+    expected = torch.cat((angles.cos(), angles.sin()), dim=1)
+
+    def check(actual: torch.Tensor) -> None:
+        # The angle is exact; values of at most 1, to 4 ulp of the half below it.
+        assert_within(actual, expected, torch.full_like(expected, 4 * U32))
+
+    op = module_of("rope_table").rope_table
+    return Case(lambda: op(positions, inv_freq), check)
+
+
+def packed_linear(rng: torch.Generator, name: str = "int4-g32", tokens: int = 3, columns: int = 2048) -> Case:
+    """The columns are divided among several programs, whose parts are added."""
+    scheme = scheme_of(name, columns)
+    weight, x = random_weight(scheme, 192, columns), normal(rng, tokens, columns, dtype=BF16)
+    values = f64(dequantise(weight, scheme).to(BF16))
+
+    def check(actual: torch.Tensor) -> None:
+        assert_within(actual, f64(x) @ values.T, 2 * columns * U32 * (f64(x).abs() @ values.abs().T))
+
+    op = module_of("packed_linear").packed_linear
+    return Case(lambda: op(x, weight, scheme), check, SCHEDULES[:2])
+
+
+def fused_experts(rng: torch.Generator) -> Case:
+    """Experts in bf16."""
+    hidden, inner, experts = 512, 256, 4
+    x, weights = normal(rng, 2, hidden, scale=0.1, dtype=BF16), torch.rand(2, 2, generator=rng)
+    w13 = normal(rng, experts, 2 * inner, hidden, scale=hidden**-0.5, dtype=BF16)
+    w2 = normal(rng, experts, hidden, inner, scale=inner**-0.5, dtype=BF16)
+    given = x, w13, w2, weights, torch.tensor([[3, 0], [3, 1]])
+    op = module_of("fused_experts").fused_experts
+    expected = experts_in_fp64(*given, 10.0)
+    return Case(lambda: op(*given, swiglu_limit=10.0), lambda out: check_experts(out, expected, x), SCHEDULES[:2])
 
 
 def sparse_attention(rng: torch.Generator) -> Case:
@@ -131,4 +196,18 @@ def packed_experts(rng: torch.Generator, name: str = "int4-g32") -> Case:
     def compute() -> torch.Tensor:
         return op(x, w13, w2, scheme13, scheme2, weights, ids, swiglu_limit=10.0)
 
-    return Case(compute, lambda actual: check_experts(actual, expected, x), SCHEDULES[:2])
+    # Roundings of independent signs add up to more than 7 times the root of the sum of their squares in one of 10^10
+    # sums (Hoeffding); the bound of `check_experts`, their sum, lets products of the wrong columns pass.
+    squares = torch.zeros(2, hidden, dtype=torch.float64)
+    for t, k in itertools.product(range(2), repeat=2):
+        e = int(ids[t, k])
+        gate, up = (f64(dense13[e]) @ f64(x[t])).chunk(2)
+        activation = float(weights[t, k]) * torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10)
+        squares[t] += f64(dense2[e]).square() @ activation.square()
+    spread = 7 * (3 * U[BF16] + 2 * FUNCTION) * squares.sqrt()
+
+    def check(actual: torch.Tensor) -> None:
+        check_experts(actual, expected, x)
+        assert_within(actual, expected[0], spread)
+
+    return Case(compute, check, SCHEDULES[:2])

@@ -24,13 +24,13 @@ from vllm_deepseek_v4flash.ops.cuda.library import Buffers, Routing, Weights
 from .executable import Executable, Memory, Schedule
 from .gpus import GPUS
 from .parse import parse
-from .triton_kernels import MULTIPROCESSORS, Run
+from .triton_kernels import MULTIPROCESSORS, Compiled, Run, launch
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "experts.cu"
 THREADS, PREPARE_THREADS = 128, 256
 REGISTERS = 168  # of a thread, at most: csrc/product.cuh's kBlocks
-ScheduleOf = Callable[[tuple[int, int, int]], Schedule]
-"""Takes the grid of a launch."""
+Launcher = Callable[[str, Compiled, bytes, list[Memory], tuple[int, int, int]], None]
+"""Takes a kernel's name, the kernel, its parameters, the memory that it may access, and the grid."""
 _SCALE_BYTES = {0: 4, 1: 2, 2: 2, 3: 1}  # csrc/weights.cuh's ScaleType
 
 
@@ -72,7 +72,7 @@ def _shared(source: Path, structure: str) -> int:
 
 def _resident(arch: int, shared: int) -> int:
     """Blocks of the products that a GPU holds."""
-    (gpu,) = (gpu for gpu in GPUS.values() if gpu.arch == arch)
+    gpu = next(gpu for gpu in GPUS.values() if gpu.arch == arch)  # blocks do not depend on which one
     return MULTIPROCESSORS[arch] * gpu.blocks_per_multiprocessor(THREADS // 32, REGISTERS, shared)
 
 
@@ -87,15 +87,11 @@ def _pack(executable: Executable, values: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def _address(value: int) -> bytes:
-    return value.to_bytes(8, "little")
-
-
 class _Library:
     """Stands in for the compiled library: launches what its C function launches."""
 
-    def __init__(self, arch: int, source: Path, schedule: ScheduleOf, runs: list[Run]) -> None:
-        self.arch, self.source, self.schedule, self.runs = arch, source, schedule, runs
+    def __init__(self, arch: int, source: Path, launch: Launcher) -> None:
+        self.arch, self.source, self.launch = arch, source, launch
         self.shared = {name: _shared(source, name) for name in ("Shared", "PrepareShared")}
 
     def deepseek_v4flash_experts(
@@ -132,9 +128,8 @@ class _Library:
         ]
         for name, number, count, bytes_, values in launches:
             executable = _executables(self.arch, self.source)[name, number]
-            grid = (count, 1, 1)
-            result = executable.launch(grid, _pack(executable, values), bytes_, memory, self.schedule(grid))
-            self.runs.append(Run(name, grid, result, bytes_, ptx(self.arch, self.source)))
+            compiled = Compiled(executable, ptx(self.arch, self.source), bytes_)
+            self.launch(name, compiled, _pack(executable, values), memory, (count, 1, 1))
         return 0
 
 
@@ -149,10 +144,19 @@ def _weight_memory(name: str, weights: Weights, experts: int) -> list[Memory]:
 
 
 @contextlib.contextmanager
-def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | ScheduleOf | None = None) -> Iterator[list[Run]]:
-    """Run what `ops/cuda` launches on the executor, as if on a GPU of `arch`; yields what ran so far."""
+def launched(arch: int, launcher: Launcher, source: Path = SOURCE) -> Iterator[None]:
+    """Hand what `ops/cuda` launches to `launcher`, as if on a GPU of `arch`."""
+    with mock.patch.object(op, "library", return_value=_Library(arch, source, launcher)):
+        yield
+
+
+@contextlib.contextmanager
+def executed(arch: int, *, source: Path = SOURCE, schedule: Schedule | None = None) -> Iterator[list[Run]]:
+    """Run what `ops/cuda` launches on the executor; yields what ran so far."""
     runs: list[Run] = []
-    fixed = Schedule() if schedule is None else schedule
-    library = _Library(arch, source, fixed if callable(fixed) else lambda grid: fixed, runs)
-    with mock.patch.object(op, "library", return_value=library):
+
+    def run(name: str, compiled: Compiled, parameters: bytes, memory: list[Memory], grid: tuple[int, int, int]) -> None:
+        runs.append(launch(name, compiled, parameters, memory, grid, schedule))
+
+    with launched(arch, run, source):
         yield runs

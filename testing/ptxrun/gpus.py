@@ -1,7 +1,7 @@
 """What a GPU's multiprocessors hold and execute per clock, from NVIDIA's tables: the basis of lower bounds.
 
 Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" and "Technical Specifications per Compute Capability";
-the architecture whitepapers of GA100, GA102, AD102 and GH100 for clocks, bandwidths and tensor rates.
+the architecture whitepapers of GA100, GA102, AD102, GH100 and GB202 for clocks, bandwidths and tensor rates.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Gpu:
     """That a multiprocessor holds."""
     blocks: int
     shared_kb: int
+    memory_gb: int
     alu: float = 2.0
     xu: float = 0.5
     l2_bytes: float = 64.0
@@ -64,9 +65,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80, 108, 1.41, 2039, mma=0.5, fma=2.0, warps=64, blocks=32, shared_kb=164),
-        Gpu("RTX 3090", 86, 82, 1.695, 936, mma=0.125, fma=4.0, warps=48, blocks=16, shared_kb=100),
-        Gpu("RTX 4090", 89, 128, 2.52, 1008, mma=0.125, fma=4.0, warps=48, blocks=24, shared_kb=100),
-        Gpu("H100", 90, 132, 1.755, 3350, mma=1.0, fma=4.0, warps=64, blocks=32, shared_kb=228),
+        Gpu("A100", 80, 108, 1.41, 2039, mma=0.5, fma=2.0, warps=64, blocks=32, shared_kb=164, memory_gb=80),
+        Gpu("RTX 3090", 86, 82, 1.695, 936, mma=0.125, fma=4.0, warps=48, blocks=16, shared_kb=100, memory_gb=24),
+        Gpu("RTX 4090", 89, 128, 2.52, 1008, mma=0.125, fma=4.0, warps=48, blocks=24, shared_kb=100, memory_gb=24),
+        Gpu("H100", 90, 132, 1.755, 3350, mma=1.0, fma=4.0, warps=64, blocks=32, shared_kb=228, memory_gb=80),
+        Gpu("L40S", 89, 142, 2.52, 864, mma=0.25, fma=4.0, warps=48, blocks=24, shared_kb=100, memory_gb=48),
+        Gpu("RTX 5090", 120, 170, 2.407, 1792, mma=0.125, fma=4.0, warps=48, blocks=24, shared_kb=100, memory_gb=32),
     )
 }

@@ -44,7 +44,21 @@ class OneTooMany(ast.NodeTransformer):
         return node
 
 
-Mistake = WithoutMasks | OneTooMany
+class ShortIndices(ast.NodeTransformer):
+    """Every `.to(tl.int64)` of the kernels is left out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node).endswith(".to(tl.int64)"):
+            self.count += 1
+            return node.func.value
+        return node
+
+
+Mistake = WithoutMasks | OneTooMany | ShortIndices
 
 
 def module_with(name: str, mistake: Mistake) -> ModuleType:
@@ -82,3 +96,45 @@ def without(ptx: str, opcode: str, number: int) -> str:
     """PTX that lacks the `number`-th of `instructions`."""
     left_out = instructions(ptx, opcode)[number]
     return ptx[: left_out.start()] + ptx[left_out.end() :]
+
+
+ALTERATIONS = {
+    "barriers left out": (r"bar\.sync[^;]*;", ""),
+    "waits left out": (r"cp\.async\.wait_group[^;]*;", ""),
+    "loads without their masks": (r"@!?%p\d+ (ld\.global)", r"\1"),
+    "stores without their masks": (r"@!?%p\d+ (st\.global)", r"\1"),
+    "a wrong swizzle": (r"(xor\.b32\s+%r\d+, %r\d+, )16;", r"\g<1>48;"),
+    "sums in bf16": (
+        r"(mma\.sync[^{;]*\.f32\s*\{\s*(%\w+),\s*(%\w+),\s*(%\w+),\s*(%\w+)\s*\}[^;]*;)",
+        r"\1 and.b32 \2, \2, -65536; and.b32 \3, \3, -65536; and.b32 \4, \4, -65536; and.b32 \5, \5, -65536;",
+    ),
+    "swapped fragments": (
+        r"(mma\.sync[^{;]*\{[^}]*\},\s*\{\s*%\w+,\s*)(%\w+),\s*(%\w+)", r"\1\3, \2",
+    ),
+    "matrices from the next row of 16 bytes": (r"(ldmatrix[^;]*\[\s*%\w+)((?:\s*\+\s*\d+)?)\s*\]", r"\1+16]"),
+    "shuffles with the wrong lane": (r"(shfl\.sync\.bfly\.b32\s+[^,]+,\s*[^,]+,\s*)(?:1|2|4|8),", r"\g<1>16,"),
+    "one too many": (r"setp\.lt\.(s|u)", r"setp.le.\1"),
+    "one too few": (r"setp\.le\.(s|u)|setp\.gt\.(s|u)", lambda m: f"setp.lt.{m[1]}" if m[1] else f"setp.ge.{m[2]}"),
+    "minima for maxima": (r"\bmax\.(\w*f32)", r"min.\1"),
+    "sums for differences": (r"\bsub\.(\w*f32)", r"add.\1"),
+    "products without sums": (
+        r"\bfma\.rn\.(\w*f32)(\s+%\w+,\s*[^,;]+,\s*[^,;]+),\s*[^,;]+;", r"mul.\1\2;",
+    ),
+    "the other of two values": (r"(selp\.\w+\s+%\w+,\s*)([^,;]+),\s*([^,;]+),", r"\1\3, \2,"),
+    "stores one element further": (r"(st\.global[^;]*\[\s*%\w+)\s*\+\s*0\s*\]", r"\1+4]"),
+    "shared stores one word further": (r"(st\.shared[^;]*\[\s*%\w+)((?:\s*\+\s*0)?)\s*\]", r"\1+16]"),
+}  # fmt: skip
+"""Mistakes in PTX, at every place that a kernel has for them: a pattern, and what stands there instead."""
+
+
+def altered(ptx: str, alteration: str) -> str:
+    """PTX with one of `ALTERATIONS`.
+
+    Raises:
+        ValueError: it has no place for it.
+    """
+    pattern, instead = ALTERATIONS[alteration]
+    changed, count = re.subn(pattern, instead, ptx)
+    if not count:
+        raise ValueError(f"alteration={alteration!r}: the kernel has no place for it. Choose another one.")
+    return changed

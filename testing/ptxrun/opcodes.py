@@ -129,7 +129,8 @@ class Opcodes:
         to, source = parts[-2:]
         rounding = next((p for p in parts if re.fullmatch(r"r[nzmp]i?|rna", p)), "")
         packed = to in ("f16x2", "bf16x2", "e4m3x2", "e5m2x2")
-        if ((packed or to in ("bf16", "f16")) and rounding not in ("", "rn")) or "relu" in parts:
+        supported = ("", "rn") if packed else ("", "rn", "rz") if to in ("bf16", "f16") else (rounding,)
+        if rounding not in supported or "relu" in parts:
             raise UnsupportedError("rounding")
         one = Encoded(f"cvt.{to}.{source}")
         one.modifier = {"": 0, "n": 0, "z": 1, "m": 2, "p": 3}[rounding[1:2]]

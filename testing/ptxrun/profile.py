@@ -48,6 +48,8 @@ class Profile:
 
     kernel: str
     blocks: int
+    ran: int
+    """Blocks that were executed."""
     warps: int
     """Per block."""
     registers: int
@@ -104,6 +106,7 @@ def profile(run: Run) -> Profile:
     return Profile(
         run.kernel,
         blocks,
+        result.blocks,
         result.warps,
         code.registers,
         code.shared + run.shared,

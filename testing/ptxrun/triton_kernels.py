@@ -66,9 +66,7 @@ class Compiler:
 
     def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Compiled, list[Any]]:
         """The kernel, and those of its arguments that are not compiled in, tuples flattened."""
-        bound, specialization, rest = self.binder(kernel)(*args, **options)
-        chosen, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, rest)
-        source = ASTSource(kernel, signature, constants, attributes)
+        source, chosen, bound = self._specialised(kernel, args, options)
         key = (source.hash(), chosen.hash())
         if key not in self.compiled:
             made = triton.compile(source, target=self.target, options=vars(chosen))
@@ -80,8 +78,20 @@ class Compiler:
             (entry,) = parse(ptx).values()
             executable = Executable(entry, (32 * made.metadata.num_warps, 1, 1))
             self.compiled[key] = Compiled(executable, ptx, made.metadata.shared)
+        signature = source.signature
         given = [value for name in signature for value in _runtime_values(bound[name], signature[name])]
         return self.compiled[key], given
+
+    def variant(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, str]:
+        """The specialisation that a launch needs: where it is not yet there, Triton compiles."""
+        source, chosen, _ = self._specialised(kernel, args, options)
+        return source.hash(), chosen.hash()
+
+    def _specialised(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """What Triton would compile, by which options, and all arguments by name."""
+        bound, specialization, rest = self.binder(kernel)(*args, **options)
+        chosen, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, rest)
+        return ASTSource(kernel, signature, constants, attributes), chosen, bound
 
 
 @functools.cache
@@ -136,8 +146,19 @@ def execute(
     name: str, compiled: Compiled, given: list[Any], grid: tuple[int, int, int], schedule: Schedule | None
 ) -> Run:
     """Launch what `Compiler.compile` has returned."""
-    memory = [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
-    parameters = pack(compiled.executable, given)
+    return launch(name, compiled, pack(compiled.executable, given), spans(given), grid, schedule)
+
+
+def spans(given: list[Any]) -> list[Memory]:
+    """The memory of those arguments that are tensors, by their numbers."""
+    return [span(value, str(n)) for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
+
+
+def launch(
+    name: str, compiled: Compiled, parameters: bytes, memory: list[Memory], grid: tuple[int, int, int],
+    schedule: Schedule | None,
+) -> Run:  # fmt: skip
+    """Run a kernel's grid on memory."""
     result = compiled.executable.launch(grid, parameters, compiled.shared, memory, schedule)
     return Run(name, grid, result, compiled.shared, compiled.ptx)
 

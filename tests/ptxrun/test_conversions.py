@@ -57,6 +57,19 @@ def test_16_bit_floats(name, dtype):
     torch.testing.assert_close(halves[:, 0], expected.flip(0), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_16_bit_floats_towards_zero():
+    a = np.concatenate((floats(RNG), RNG.standard_normal(64).astype(np.float32)))
+    nearest = a.astype(np.float16)
+    further = np.abs(nearest.astype(np.float64)) > np.abs(a.astype(np.float64))
+    expected = np.where(further, np.nextafter(nearest, np.float16(0)), nearest)
+    out = lanewise("cvt.rz.f16.f32", "f16", ["f32"], [a], np.uint16)
+    np.testing.assert_array_equal(out.view(np.float16), expected)
+    out = lanewise("cvt.rz.bf16.f32", "bf16", ["f32"], [a], np.uint16)
+    expected = (a.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    np.testing.assert_array_equal((out.astype(np.uint32) << 16).view(np.float32), expected)
+
+
 def test_e4m3():
     a = np.concatenate(
         (floats(RNG), RNG.standard_normal(192).astype(np.float32) * 10.0 ** RNG.integers(-3, 3, 192))

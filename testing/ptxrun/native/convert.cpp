@@ -119,7 +119,8 @@ template <class Format>
 void narrow(Warp& w, const Instruction& in, Mask active) {
   const float* from = operand<float>(w, in, 1);
   uint16_t result[kLanes];
-  for (int i = 0; i < kLanes; ++i) result[i] = Format::pack(from[i]);
+  const bool truncated = (in.modifier & 3) == kZero;
+  for (int i = 0; i < kLanes; ++i) result[i] = truncated ? Format::truncate(from[i]) : Format::pack(from[i]);
   commit(operand<uint16_t>(w, in, 0), result, active);
 }
 template <class Format>

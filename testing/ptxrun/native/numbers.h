@@ -1,4 +1,4 @@
-// How floats of 16 and 8 bits are decoded, and rounded to the nearest even.
+// How floats of 16 and 8 bits are decoded, and rounded: to the nearest even, or truncated.
 #pragma once
 
 #include <immintrin.h>
@@ -34,6 +34,7 @@ struct Bf16 {
     const uint32_t bits = bits_of(x);
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
   }
+  static uint16_t truncate(float x) { return x != x ? 0x7FFF : uint16_t(bits_of(x) >> 16); }
   static uint16_t pack(double x) {
     const double r = round_to(x, 7, -126);
     if (x != x) return 0x7FFF;
@@ -44,6 +45,7 @@ struct Bf16 {
 struct Fp16 {
   static float unpack(uint16_t bits) { return _cvtsh_ss(bits); }
   static uint16_t pack(float x) { return x != x ? 0x7FFF : _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static uint16_t truncate(float x) { return x != x ? 0x7FFF : _cvtss_sh(x, _MM_FROUND_TO_ZERO); }
   static uint16_t pack(double x) { return pack(float(round_to(x, 10, -14))); }
 };
 

@@ -7,18 +7,24 @@ import pytest
 from benchmarks.flash_cases import WEIGHTS
 from benchmarks.kernel_report import budgets, estimate
 from benchmarks.kernel_report.document import Traced, document
+from benchmarks.kernel_report.host import host
 from benchmarks.kernel_report.plot import bars
 from benchmarks.kernel_report.trace import AllReduce, Profile, Tracer
+from benchmarks.kernel_report.variants import compiled_after_start
 from testing.poison import without_poison
 from testing.ptxrun import cuda_kernels
 from vllm_deepseek_v4flash.config import LayerKind
 
 
 @pytest.fixture(scope="module")
-def layers():
+def tracer():
+    return Tracer(budgets.ARCH, budgets.RANKS, WEIGHTS["int4"])
+
+
+@pytest.fixture(scope="module")
+def layers(tracer):
     if cuda_kernels.nvcc() is None:
         pytest.skip("needs nvcc")
-    tracer = Tracer(budgets.ARCH, budgets.RANKS, WEIGHTS["int4"])
     with without_poison():
         return {kind: tracer.trace(kind, budgets.POINT) for kind in LayerKind}
 
@@ -28,6 +34,32 @@ def test_budgets(layers, kind):
     assert not budgets.exceeded(kind, layers[kind])
 
 
+@pytest.mark.parametrize("kind", LayerKind)
+def test_the_hosts_budget(tracer, monkeypatch, kind):
+    with without_poison():
+        calls = host(tracer, kind, budgets.POINT).calls
+    assert not budgets.exceeded_calls(kind, calls)
+    monkeypatch.setitem(budgets.CALLS, kind, calls - 1)
+    assert budgets.exceeded_calls(kind, calls) == [f"{kind.name}: {calls} calls, the budget is {calls - 1}"]
+
+
+def test_the_budget_of_variants(tracer, monkeypatch):
+    with without_poison():
+        found = compiled_after_start(tracer)
+    assert not budgets.exceeded_variants(found)
+    monkeypatch.setattr(budgets, "VARIANTS", 1)
+    (told,) = budgets.exceeded_variants(found)
+    assert told.endswith("the budget is 1")
+
+
+def test_known_launches_are_not_executed_again(tracer, layers):
+    executed = tracer.store.executed
+    with without_poison():
+        again = tracer.trace(LayerKind.WINDOW, budgets.POINT)
+    assert tracer.store.executed == executed
+    assert again == layers[LayerKind.WINDOW]
+
+
 def test_an_exceeded_budget_is_told_with_both_figures(layers, monkeypatch):
     monkeypatch.setitem(budgets.LAUNCHES, LayerKind.CSA, 1)
     monkeypatch.setitem(budgets.INSTRUCTIONS, "packed_experts", 0.5)
@@ -35,7 +67,7 @@ def test_an_exceeded_budget_is_told_with_both_figures(layers, monkeypatch):
     launches, *_ = told = budgets.exceeded(LayerKind.CSA, layers[LayerKind.CSA])
     assert launches.startswith("CSA: ")
     assert launches.endswith("launches, the budget is 1")
-    assert any("instructions a weight, the budget is 0.5" in text for text in told)
+    assert any("instructions for each 4-bit weight, the budget is 0.5" in text for text in told)
     assert any("the budget is 0%" in text for text in told)
 
 
@@ -84,3 +116,10 @@ def test_the_report_says_that_times_are_estimates(layers):
     drawn = bars("steps", rows)
     assert drawn.startswith("<svg")
     assert drawn.count("<rect") == 1 + 2 * len(estimate.FAMILIES)
+
+
+def test_a_machine_that_is_too_small_is_said(layers):
+    small, large = estimate.MACHINES[3], estimate.MACHINES[0]
+    assert estimate.memory_gb(large, budgets.POINT) < large.gpu.memory_gb
+    traced = Traced(small, budgets.POINT, "int4", layers, estimate.step(small, budgets.POINT, layers))
+    assert "of 24, **does not fit**" in document([traced])

@@ -15,10 +15,17 @@ CASES = {
     "rms_norm, width 4096": (partial(cases.rms_norm, width=4096), SM_80, SM_90),
     "route": (cases.route, SM_80, SM_90),
     "mhc_pre": (cases.mhc_pre, SM_80),
+    "mhc_post": (cases.mhc_post,),
+    "swiglu": (cases.swiglu, SM_80),
+    "rope_table": (cases.rope_table, SM_80),
     "sparse_attention, fp8 rows": (cases.sparse_attention, SM_80, SM_90),
     "indexer_topk, fp8 keys": (cases.indexer_topk, SM_80),
     "packed_experts, int4": (cases.packed_experts, SM_80),
     "packed_experts, fp4": (partial(cases.packed_experts, name="fp4"), SM_90),
+    "packed_linear, int4": (cases.packed_linear, SM_80),
+    "packed_linear, int4, 70 tokens": (partial(cases.packed_linear, tokens=70),),
+    "packed_linear, fp4": (partial(cases.packed_linear, name="fp4"),),
+    "fused_experts": (cases.fused_experts,),
 }
 """What is computed, and for which architectures in the ordinary run."""
 
