@@ -16,7 +16,7 @@ CUDA_LIBRARY = "vllm_deepseek_v4flash.ops.cuda.kernels"
 NVCC = os.environ.get("DEEPSEEK_V4FLASH_NVCC", shutil.which("nvcc") or "")
 ARCHS = (80, 86, 89, 90, 100, 120)  # an older nvcc does without those it does not know
 SOURCES = ["csrc/experts.cu"]
-HEADERS = ["csrc/gpu.cuh", "csrc/weights.cuh"]
+HEADERS = ["csrc/gpu.cuh", "csrc/plan.cuh", "csrc/product.cuh", "csrc/weights.cuh"]
 
 
 class BuildKernels(build_ext):

@@ -170,7 +170,7 @@ def cuda_rows(archs: Sequence[int]) -> list[Row]:
         for kernel in compiled:
             usage = Usage(kernel.registers, kernel.shared, kernel.spilled)
             name = f"csrc/{kernel.source}: {kernel.function}"
-            rows.append(Row(name, f"weight {kernel.codec}", arch, usage, tuple(violations(usage, arch))))
+            rows.append(Row(name, f"weight {kernel.weight}", arch, usage, tuple(violations(usage, arch))))
     return rows
 
 

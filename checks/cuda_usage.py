@@ -13,7 +13,8 @@ from pathlib import Path
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = tuple(sorted(CSRC.glob("*.cu")))
-CODECS = ("int4", "fp4")  # of csrc/weights.cuh, by their template arguments
+FORMATS = ("int4", "int4 zeros", "int4 narrow", "int4 narrow zeros", "fp4")  # csrc/weights.cuh's, by their numbers
+STRUCTURES = {"prepare": "PrepareShared"}  # of dynamic shared memory, where it is not Shared
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Compiled:
 
     source: str
     function: str
-    codec: str
+    weight: str
+    """Its format, or "any"."""
     registers: int
     shared: int
     spilled: int
@@ -56,20 +58,20 @@ def _read(source: str, listing: str) -> Iterator[Compiled]:
     entries = re.split(r"Compiling entry function '", listing)[1:]
     for entry in entries:
         mangled = re.match(r"\w+", entry)
-        name = re.search(r"\d+([a-z_]+)ILi(\d+)E", mangled[0] if mangled else "")
+        name = re.search(r"\d+(gate_up|down|prepare)(?:ILi(\d+))?E", mangled[0] if mangled else "")
         registers = re.search(r"Used (\d+) registers", entry)
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
         if name is None or registers is None or spills is None:
             raise RuntimeError(f"ptxas reported something else than expected: {entry!r}")
-        shared = _shared_bytes(source)
-        yield Compiled(
-            source, name[1], CODECS[int(name[2])], int(registers[1]), shared, int(spills[1]) + int(spills[2])
-        )
+        shared = _shared_bytes(STRUCTURES.get(name[1], "Shared"))
+        weight = FORMATS[int(name[2])] if name[2] else "any"
+        yield Compiled(source, name[1], weight, int(registers[1]), shared, int(spills[1]) + int(spills[2]))
 
 
-def _shared_bytes(source: str) -> int:
-    """The dynamic shared memory that the kernels of a source are launched with, which the source states itself."""
-    stated = re.search(r"static_assert\(sizeof\(Shared\) == (\d+)\)", (CSRC / f"{source}.cu").read_text())
-    if stated is None:
-        raise RuntimeError(f"csrc/{source}.cu does not assert the size of its shared memory")
-    return int(stated[1])
+def _shared_bytes(structure: str) -> int:
+    """The dynamic shared memory that a kernel is launched with, which the sources state themselves."""
+    for path in sorted(CSRC.glob("*.cu*")):
+        stated = re.search(rf"static_assert\(sizeof\({structure}\) == (\d+)\)", path.read_text())
+        if stated is not None:
+            return int(stated[1])
+    raise RuntimeError(f"csrc/ does not assert the size of {structure}")

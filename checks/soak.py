@@ -3,7 +3,8 @@
     python -m checks.soak [DIR] [--minutes 10] [--clients 24] [--tensor-parallel-size 2] [--no-faults]
 
 Clients ask for random numbers of tokens after prompts of random lengths, many with a shared beginning. Half of them
-stream, a fifth hang up before the end, and the cache holds only a few prompts. Checked are:
+stream, a fifth hang up before the end, three in ten have a seed and up to three choices, priorities differ, and the
+cache holds only a few prompts. Checked are:
 
 - every answer is the one that the same request had alone, with nothing cached;
 - requests were preempted, and prefixes found in the cache, so that the first check means something;
@@ -41,8 +42,10 @@ from testing.client import (
     CACHE_MIB,
     ENVIRONMENT,
     Question,
+    Sampling,
     all_blocks_free,
     ask,
+    ask_choices,
     ask_each_alone,
     client_of,
     make_prompts,
@@ -52,7 +55,8 @@ from testing.server import FRONT_END, Server
 
 TOY = Path(__file__).resolve().parent.parent / "examples" / "toy"
 ANSWER_TOKENS = 64
-ABORTED_SHARE, LONG_SHARE, STREAMED_SHARE = 0.2, 0.3, 0.5
+ABORTED_SHARE, LONG_SHARE, STREAMED_SHARE, SEEDED_SHARE = 0.2, 0.3, 0.5, 0.3
+MAX_CHOICES, PRIORITIES = 3, 3
 # Of aborted and of long requests: enough that they need further blocks while they decode and none are free.
 LONG_TOKENS = 160
 # The load ends after this many failures.
@@ -84,6 +88,14 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return vars(self) | {"counts": dict(self.counts), "seconds": round(self.seconds, 1)}
+
+
+def draw_sampling(draw: random.Random) -> Sampling:
+    """How one request of the load samples."""
+    priority = draw.randrange(PRIORITIES)
+    if draw.random() >= SEEDED_SHARE:
+        return Sampling(priority=priority)
+    return Sampling(draw.randint(1, MAX_CHOICES), draw.getrandbits(32), priority)
 
 
 class Load:
@@ -120,39 +132,44 @@ class Load:
         tokens = draw.randint(1, len(question.answer))
         if hang_up or first or draw.random() < LONG_SHARE:
             tokens = LONG_TOKENS
+        sampling = draw_sampling(draw)
+        begun = asyncio.Event()
+        request = asyncio.create_task(ask_choices(client, question.prompt, tokens, sampling, stream, begun))
         try:
-            if hang_up:
-                await self._hang_up(client, question, tokens, stream, draw.uniform(0, 3))
+            if hang_up and await self._hung_up(request, begun if stream else None, draw.uniform(0, 3)):
+                self.report.counts["aborted"] += 1
                 return
-            found = await ask(client, question.prompt, tokens, stream)
+            found = await request
         except (openai.APIError, AssertionError) as error:
             self.report.failures.append(f"a request failed: {error!r} {error.__cause__!r}")
             return
-        length = min(len(found), len(question.answer))
         self.report.counts["answered"] += 1
-        self.report.counts["tokens"] += tokens
-        if tuple(found[:length]) != question.answer[:length]:
+        self.report.counts["with a seed"] += sampling.seed is not None
+        self.report.counts["with several choices"] += sampling.choices > 1
+        self.report.counts["tokens"] += tokens * sampling.choices
+        for ids in found:
+            self._compare(question, ids)
+
+    def _compare(self, question: Question, ids: Sequence[int]) -> None:
+        length = min(len(ids), len(question.answer))
+        if tuple(ids[:length]) != question.answer[:length]:
             self.report.failures.append(
-                f"a prompt of {len(question.prompt)} tokens was answered {found[:length]}, "
+                f"a prompt of {len(question.prompt)} tokens was answered {list(ids[:length])}, "
                 f"and alone {list(question.answer[:length])}"
             )
 
-    async def _hang_up(
-        self, client: openai.AsyncOpenAI, question: Question, tokens: int, stream: bool, seconds: float
-    ) -> None:
-        """Leave a stream at its first token, and another request after some seconds, unless it is answered by then."""
-        begun = asyncio.Event()
-        request = asyncio.create_task(ask(client, question.prompt, tokens, stream, begun))
-        leave = asyncio.create_task(begun.wait() if stream else asyncio.sleep(seconds))
+    async def _hung_up(
+        self, request: asyncio.Task[list[list[int]]], begun: asyncio.Event | None, seconds: float
+    ) -> bool:
+        """Leave a stream at its first token, and another request after some seconds; False if it has ended by then."""
+        leave = asyncio.create_task(begun.wait() if begun else asyncio.sleep(seconds))
         await asyncio.wait((request, leave), return_when=asyncio.FIRST_COMPLETED)
         leave.cancel()
         if request.done():
-            await request
-            self.report.counts["answered"] += 1
-        else:
-            request.cancel()
-            await asyncio.gather(request, return_exceptions=True)
-            self.report.counts["aborted"] += 1
+            return False
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        return True
 
     def _sample(self) -> None:
         sizes = {name: process.memory_info().rss for name, process in self._processes.items()}
@@ -215,6 +232,8 @@ def judge(report: Report) -> None:
     for what, seen in (
         ("request was answered", report.counts["answered"]),
         ("request was aborted", report.counts["aborted"]),
+        ("request with a seed was answered", report.counts["with a seed"]),
+        ("request with several choices was answered", report.counts["with several choices"]),
         ("request was preempted", report.preemptions),
         ("prefix was found in the cache", report.prefix_hit_tokens),
     ):

@@ -11,6 +11,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace gpu {
 
 // The block's dynamic shared memory.
@@ -50,6 +52,13 @@ __device__ __forceinline__ uint32_t fma2(uint32_t x, uint32_t y, uint32_t z) {
   return result;
 }
 
+// (x & mask) | bits in one instruction, which the compiler does not find for two constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+  return result;
+}
+
 // The bytes of {high, low} that the nibbles of `select` name.
 __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
   return __byte_perm(low, high, select);
@@ -63,6 +72,9 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // Bit i: whether lane i's condition holds.
 __device__ __forceinline__ uint32_t ballot(bool condition) { return __ballot_sync(0xFFFFFFFFu, condition); }
+// What lane `from` has.
+__device__ __forceinline__ int broadcast(int value, int from) { return __shfl_sync(0xFFFFFFFFu, value, from); }
+__device__ __forceinline__ int lowest_bit(uint32_t bits) { return __popc((bits & (0u - bits)) - 1); }
 __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 // Orders this thread's writes before those that follow, for the whole device.
 __device__ __forceinline__ void fence() { __threadfence(); }
@@ -70,11 +82,33 @@ __device__ __forceinline__ int add_atomically(int* at, int value) { return atomi
 // Reads what other multiprocessors wrote in this launch: past L1.
 __device__ __forceinline__ float load_shared_result(const float* at) { return __ldcg(at); }
 
-template <typename Kernel, typename... Arguments>
-int launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, void* stream, Arguments... arguments) {
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+// How many blocks of a kernel this GPU holds, after asking for their shared memory; a negative cudaError_t where none
+// can run. Asked once for each GPU.
+template <auto kKernel>
+int resident_blocks(int threads, int shared_bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0, per_multiprocessor = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return -static_cast<int>(status);
+  if (device < kDevices && known[device] > 0) return known[device];
+  status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess)
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, threads, shared_bytes);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess && per_multiprocessor == 0) status = cudaErrorLaunchOutOfResources;
+  if (status != cudaSuccess) return -static_cast<int>(status);
+  const int blocks = per_multiprocessor * multiprocessors;
+  if (device < kDevices) known[device] = blocks;
+  return blocks;
+}
+
+// The kernel must have been asked for by `resident_blocks`, unless it takes less than 48 KB of shared memory.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, void* stream,
+           Arguments... arguments) {
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 }
 

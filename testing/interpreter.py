@@ -1,7 +1,8 @@
 """Makes Triton's interpreter compute bf16 and e4m3 as a GPU does.
 
 As shipped (3.6 to 3.9) it truncates where a GPU rounds to nearest, and multiplies bf16 matrices as the integers that it
-stores them as. Here torch converts, and matrices are widened to fp32 first, which is exact.
+stores them as. Here torch converts, and matrices are widened to fp32 first, which is exact. Before 3.9 it also cannot
+invert an unsigned integer (`~`), for which it asks NumPy for an unsigned -1.
 
 It also spends most of its time on work without an effect, which is skipped here: it computes whether integers overflow
 and discards the result; at every call of a function by a kernel it replaces the operations of Triton's language by its
@@ -35,6 +36,7 @@ def correct() -> None:
     """Correct the interpreter of this process; a second call changes nothing."""
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.get_all_ones_value = get_all_ones_value
     interpreter._patch_lang = patch_lang
     interpreter._get_np_dtype = get_np_dtype
     options = interpreter.interpreter_builder.options
@@ -65,6 +67,12 @@ def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any
 def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     a, b = (_widened(x) for x in (a, b))
     return _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def get_all_ones_value(self: Any, type: Any) -> Any:
+    """Every bit set, in an integer or a boolean dtype."""
+    zero = np.zeros(1, dtype=_get_np_dtype(type))
+    return interpreter.TensorHandle(~zero, type.scalar)
 
 
 def _widened(x: Any) -> Any:

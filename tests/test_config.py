@@ -127,6 +127,7 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
     ("qk_rope_head_dim", 31, r"qk_rope_head_dim=31: must be even"),
     ("index_head_dim", 16, r"index_head_dim=16: must be at least qk_rope_head_dim=32"),
     ("partial_rotary_factor", 0.25, r"partial_rotary_factor=0.25: must be .* 32 / 64"),
+    ("partial_rotary_factor", 1e308, r"partial_rotary_factor=1e\+308: must be at most 1"),
     ("o_groups", 3, r"o_groups=3: must divide num_attention_heads=4"),
     ("num_experts_per_tok", 9, r"num_experts_per_tok=9: must be at most n_routed_experts=8"),
     ("num_hash_layers", 5, r"num_hash_layers=5: must be at most num_hidden_layers=4"),

@@ -79,6 +79,8 @@ def test_what_agrees_with_the_table(versions):
     assert tritons.split() == [version.triton for version in versions.VLLMS.values()]
     (default,) = re.findall(r"^VLLM \?= (.+)$", makefile, re.M)
     assert default in versions.OVERLAID
+    with imported(ROOT / "scripts" / "setup_env.py") as setup_env:
+        assert next(iter(versions.VLLMS.values())).triton == setup_env.TRITON_VERSION
     table = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     for name, version in versions.VLLMS.items():
         assert re.search(rf"^\| {re.escape(name)} \|.*\| {re.escape(version.triton)} \|", table, re.M), name

@@ -109,7 +109,11 @@ class Tracer:
                 self.layers[kind] = layers.build(kind, self.scheme)
             step = layers.step_through(self.layers[kind], point)
             # A process allocates these once.
-            cuda_experts._counters(torch.device("cpu"), FLASH_CONFIG.hidden_size // cuda_kernels.DOWN_ROWS)
+            for topk in (FLASH_CONFIG.num_experts_per_tok, FLASH_CONFIG.num_experts_per_tok + 1):
+                inner = FLASH_CONFIG.moe_intermediate_size // self.ranks
+                cuda_experts._counters(
+                    torch.device("cpu"), cuda_experts.counters(FLASH_CONFIG.hidden_size, inner, topk)
+                )
             with dispatch.wrap(self._wrap), self._executed(), _Dispatched(self):
                 step()
         return self.calls
@@ -201,7 +205,8 @@ class Tracer:
         device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
         with (
             recorded(device, self._launch),
-            cuda_kernels.executed(self.arch, schedule=self.schedule) as self.cuda_runs,
+            # Their blocks count each other, so that all run.
+            cuda_kernels.executed(self.arch, schedule=lambda grid: WHOLE) as self.cuda_runs,
         ):
             yield
 

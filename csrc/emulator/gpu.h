@@ -22,8 +22,21 @@
 #define __launch_bounds__(...)
 #define threadIdx (gpu::emulator::current->thread)
 #define blockIdx (gpu::emulator::current->block)
+#define gridDim (gpu::emulator::grid)
 
-struct uint4 {
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
@@ -50,6 +63,7 @@ struct Group {
 // What the lanes of a warp show each other, alternately in two places, so that no lane overwrites what is still read.
 struct Shown {
   bool condition[32];
+  int value[32];
   uint32_t a[32][4], b[32][2];
 };
 
@@ -73,6 +87,7 @@ struct Thread {
 inline Thread* current = nullptr;
 inline ucontext_t scheduler;
 inline Group whole_block;
+inline dim3 grid{0};
 inline std::vector<uint64_t> shared;
 inline const std::function<void()>* body = nullptr;
 inline long progress = 0;  // how often a group has met, or a thread has ended
@@ -194,6 +209,14 @@ inline uint32_t ballot(bool condition) {
   return bits;
 }
 
+inline int broadcast(int value, int from) {
+  auto& thread = *emulator::current;
+  auto& shown = thread.warp->shown[thread.turn++ % 2];
+  shown.value[thread.thread.x % 32] = value;
+  emulator::meet(*thread.warp);
+  return shown.value[from];
+}
+
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto& thread = *emulator::current;
   auto& shown = thread.warp->shown[thread.turn++ % 2];
@@ -243,6 +266,8 @@ inline uint32_t fma2(uint32_t x, uint32_t y, uint32_t z) {
   return result;
 }
 
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+
 inline uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
@@ -250,6 +275,7 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
   return result;
 }
 
+inline int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline void fence() {}
 inline int add_atomically(int* at, int value) {
@@ -259,12 +285,18 @@ inline int add_atomically(int* at, int value) {
 }
 inline float load_shared_result(const float* at) { return *at; }
 
-template <typename Kernel, typename... Arguments>
-int launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, void*, Arguments... arguments) {
+// Few, so that blocks have more than one piece of work.
+template <auto kKernel>
+int resident_blocks(int, int) {
+  return 3;
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, void*, Arguments... arguments) {
   const std::function<void()> body = [&] { kernel(arguments...); };
   emulator::body = &body;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) emulator::run_block(dim3(x, y), threads, shared_bytes);
+  emulator::grid = dim3(blocks);
+  for (int i = 0; i < blocks; ++i) emulator::run_block(dim3(i, 0), threads, shared_bytes);
   emulator::body = nullptr;
   return 0;
 }

@@ -19,15 +19,16 @@ from typing import Any
 from unittest import mock
 
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as op
-from vllm_deepseek_v4flash.ops.cuda.library import Routing, Weights
+from vllm_deepseek_v4flash.ops.cuda.library import Buffers, Routing, Weights
 
 from .executable import Executable, Memory, Schedule
+from .gpus import GPUS
 from .parse import parse
-from .triton_kernels import Run
+from .triton_kernels import MULTIPROCESSORS, Run
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "experts.cu"
-THREADS = 128
-UP_ROWS, DOWN_ROWS = 16, 32  # of one block
+THREADS, PREPARE_THREADS = 128, 256
+REGISTERS = 168  # of a thread, at most: csrc/product.cuh's kBlocks
 ScheduleOf = Callable[[tuple[int, int, int]], Schedule]
 """Takes the grid of a launch."""
 _SCALE_BYTES = {0: 4, 1: 2, 2: 2, 3: 1}  # csrc/weights.cuh's ScaleType
@@ -49,14 +50,30 @@ def ptx(arch: int, source: Path = SOURCE) -> str:
 
 
 @functools.cache
-def _executables(arch: int, source: Path) -> dict[tuple[str, int], Executable]:
-    """By the kernel's name and codec."""
-    found = {}
+def _executables(arch: int, source: Path) -> dict[tuple[str, int | None], Executable]:
+    """By the kernel's name and format."""
+    found: dict[tuple[str, int | None], Executable] = {}
     for name, kernel in parse(ptx(arch, source)).items():
-        named = re.search(r"\d+(gate_up|down)ILi(\d)E", name)
+        named = re.search(r"\d+(gate_up|down)ILi(\d)E|\d+(prepare)E", name)
         assert named is not None, name
-        found[named[1], int(named[2])] = Executable(kernel, (THREADS, 1, 1))
+        threads = PREPARE_THREADS if named[3] else THREADS
+        found[named[1] or named[3], int(named[2]) if named[2] else None] = Executable(kernel, (threads, 1, 1))
     return found
+
+
+def _shared(source: Path, structure: str) -> int:
+    """The size that a source file next to `source` asserts of its shared memory."""
+    for path in sorted(source.parent.glob("*.cu*")):
+        stated = re.search(rf"static_assert\(sizeof\({structure}\) == (\d+)\)", path.read_text())
+        if stated is not None:
+            return int(stated[1])
+    raise AssertionError(f"{source.parent} does not assert the size of {structure}")
+
+
+def _resident(arch: int, shared: int) -> int:
+    """Blocks of the products that a GPU holds."""
+    (gpu,) = (gpu for gpu in GPUS.values() if gpu.arch == arch)
+    return MULTIPROCESSORS[arch] * gpu.blocks_per_multiprocessor(THREADS // 32, REGISTERS, shared)
 
 
 def _pack(executable: Executable, values: list[bytes]) -> bytes:
@@ -79,39 +96,45 @@ class _Library:
 
     def __init__(self, arch: int, source: Path, schedule: ScheduleOf, runs: list[Run]) -> None:
         self.arch, self.source, self.schedule, self.runs = arch, source, schedule, runs
-        stated = re.search(r"static_assert\(sizeof\(Shared\) == (\d+)\)", source.read_text())
-        assert stated is not None, f"{source} does not assert the size of its shared memory"
-        self.shared = int(stated[1])
+        self.shared = {name: _shared(source, name) for name in ("Shared", "PrepareShared")}
 
     def deepseek_v4flash_experts(
-        self, codec: int, w13: Any, w2: Any, routing: Any, x: int, activation: int, products: int, arrived: int,
-        out: int, limit: float, stream: Any,
-    ) -> int:  # fmt: skip
+        self, format13: int, format2: int, w13: Any, w2: Any, routing: Any, buffers: Any, limit: float, stream: Any
+    ) -> int:
         """csrc/experts.cu's function of this name; pointers to structures are ctypes'."""
         up: Weights = w13.contents
         down: Weights = w2.contents
         routed: Routing = routing._obj
-        pairs, inner, hidden = routed.tokens * routed.topk, up.rows // 2, down.rows
+        to: Buffers = buffers._obj
+        pairs, inner, hidden = routed.tokens * routed.topk, to.inner, to.hidden
+        *starts, size = op.layout(routed.tokens, routed.topk, hidden, inner)
+        names = ("plan", "rows", "activation", "halves", "products")
         memory = [
             Memory(routed.ids, 8 * pairs, "ids"), Memory(routed.weights, 4 * pairs, "router weights"),
-            Memory(x, 2 * routed.tokens * up.columns, "x"), Memory(activation, 2 * pairs * inner, "activation"),
-            Memory(products, 4 * pairs * hidden, "products"),
-            Memory(arrived, 4 * -(-hidden // DOWN_ROWS), "arrived"), Memory(out, 4 * routed.tokens * hidden, "out"),
+            Memory(to.x, 2 * routed.tokens * hidden, "x"), Memory(to.out, 4 * routed.tokens * hidden, "out"),
+            Memory(to.arrived, 4 * op.counters(hidden, inner, routed.topk), "arrived"),
+            *(
+                Memory(getattr(to, name), end - start, name)
+                for name, start, end in zip(names, starts, [*starts[1:], size], strict=True)
+            ),
             *_weight_memory("w13", up, routed.experts), *_weight_memory("w2", down, routed.experts),
         ]  # fmt: skip
-        limits = bytes(ctypes.c_float(limit))
-        launches = {
-            "gate_up": (-(-inner // UP_ROWS), [bytes(up), bytes(routed), _address(x), _address(activation), limits]),
-            "down": (
-                -(-hidden // DOWN_ROWS),
-                [bytes(down), bytes(routed), *map(_address, (activation, products, arrived, out))],
-            ),
-        }
-        for name, (tiles, values) in launches.items():
-            executable = _executables(self.arch, self.source)[name, codec]
-            grid = (tiles, pairs, 1)
-            result = executable.launch(grid, _pack(executable, values), self.shared, memory, self.schedule(grid))
-            self.runs.append(Run(name, grid, result, self.shared, ptx(self.arch, self.source)))
+        weights, given = [bytes(up), bytes(down)], [bytes(routed), bytes(to)]
+        shared, most = self.shared["Shared"], _resident(self.arch, self.shared["Shared"])
+
+        def blocks(w: Weights, tiles: int) -> int:
+            return min(most, -(-(-(-w.columns // w.segment) * tiles * pairs) // (THREADS // 32)))
+
+        launches: list[tuple[str, int | None, int, int, list[bytes]]] = [
+            ("prepare", None, routed.tokens + 2, self.shared["PrepareShared"], given),
+            ("gate_up", format13, blocks(up, inner // 16), shared, [weights[0], *given, bytes(ctypes.c_float(limit))]),
+            ("down", format2, blocks(down, hidden // 32), shared, [weights[1], *given]),
+        ]
+        for name, number, count, bytes_, values in launches:
+            executable = _executables(self.arch, self.source)[name, number]
+            grid = (count, 1, 1)
+            result = executable.launch(grid, _pack(executable, values), bytes_, memory, self.schedule(grid))
+            self.runs.append(Run(name, grid, result, bytes_, ptx(self.arch, self.source)))
         return 0
 
 

@@ -20,3 +20,37 @@ SHARE_PAGES = (
     "kv_cache.metadata:DeepseekV4MetadataBuilder.build",
     ("request.clamp_(max=common.num_reqs - 1)", "request.zero_()"),
 )
+
+# What a rejected draft has written stays, because its place is taken: entries, states, window rows. Only in a cache
+# that no other request has used.
+FIRST_ENTRY_STAYS = (
+    "ops.compress:compress",
+    (
+        "write_rows(entries, *entries.locate(owner, last // ratio), entry)",
+        """
+    page, row = entries.locate(owner, last // ratio)
+    free = read_rows(entries, page, row, torch.ones_like(owner, dtype=torch.bool)).abs().sum(-1) == 0
+    write_rows(entries, page[free], row[free], entry[free])""",
+    ),
+)
+FIRST_STATE_STAYS = (
+    "ops.compress:compress",
+    (
+        "write_rows(states, state_slots.div(rows, rounding_mode='floor'), state_slots % rows, state)",
+        """
+    page, row = state_slots.div(rows, rounding_mode='floor'), state_slots % rows
+    free = read_rows(states, page, row, state_slots >= 0).abs().sum(-1) == 0
+    write_rows(states, page[free], row[free], state[free])""",
+    ),
+)
+FIRST_WINDOW_ROW_STAYS = (
+    "ops.qnorm_rope_kv_insert:qnorm_rope_kv_insert",
+    (
+        "write_rows(window, slots.div(rows, rounding_mode='floor'), slots % rows, apply_rope(kv, cos_sin))",
+        """
+    from .rows import read_rows
+    page, row = slots.div(rows, rounding_mode='floor'), slots % rows
+    free = (read_rows(window, page, row, slots >= 0).abs().sum(-1) == 0) & (slots >= 0)
+    write_rows(window, page[free], row[free], apply_rope(kv, cos_sin)[free])""",
+    ),
+)

@@ -98,9 +98,14 @@ def test_two_pipeline_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run_script(str(model), "--minutes", "1", *options, seconds=3600)
 
 
+def counted(**changes: int) -> Counter[str]:
+    counts = {"answered": 1, "aborted": 1, "with a seed": 1, "with several choices": 1}
+    return Counter(counts | changes)
+
+
 def seen(**changes: object) -> Report:
     """The report of a soak without failures, except for `changes`."""
-    report = Report(counts=Counter(answered=1, aborted=1), preemptions=1, prefix_hit_tokens=256)
+    report = Report(counts=counted(), preemptions=1, prefix_hit_tokens=256)
     for name, value in changes.items():
         setattr(report, name, value)
     soak.judge(report)
@@ -118,7 +123,9 @@ def test_a_good_report_has_no_failures() -> None:
         ({"blocks_in_use": 0.01}, "1.0% of the KV blocks"),
         ({"preemptions": 0}, "no request was preempted"),
         ({"prefix_hit_tokens": 0}, "no prefix was found in the cache"),
-        ({"counts": Counter(answered=1)}, "no request was aborted"),
+        ({"counts": counted(aborted=0)}, "no request was aborted"),
+        ({"counts": counted() - Counter(["with a seed"])}, "no request with a seed was answered"),
+        ({"counts": counted() - Counter(["with several choices"])}, "no request with several choices"),
     ],
 )
 def test_what_a_report_objects_to(changes: dict[str, object], failure: str) -> None:

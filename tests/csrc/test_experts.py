@@ -148,6 +148,7 @@ def test_ids_and_inputs_in_other_layouts(make):
         ({"scheme2": Scheme("fp4", 32)}, "weights in int4 and fp4, not both"),
         ({"scheme13": Scheme("fp8", 128), "scheme2": Scheme("fp8", 128)}, "weights in fp8 and fp8, not both"),
         ({"scheme13": Scheme("int4", 32, act_order=True)}, "activation order"),
+        ({"topk": 33}, "33 experts for each token"),
         ({"hidden": 80}, "80 columns in groups of 32, not in whole steps of 32"),
         ({"scheme13": Scheme("int4", 96)}, "288 columns in groups of 96"),
     ],
@@ -189,3 +190,21 @@ def test_other_numbers_of_tokens_are_left_to_triton(make, monkeypatch, tokens):
     with recorded(cuda.logger.name) as said:
         assert [problem.run(), problem.run()] == ["Triton's"] * 2
     assert said.lines == ["Experts run in csrc/'s kernels for up to 32 tokens at a time, and in Triton's beyond."]
+
+
+@pytest.mark.parametrize("exponent", [0, 3, 127, 128, 200, 224])
+def test_fp4_scales_of_every_size(make, exponent):
+    """One hot, so that a column of W2 comes out; bf16 holds no weight that is smaller than its least number."""
+    problem = make(SCHEMES["fp4"], tokens=32, topk=1, experts=1, hidden=256, inner=256)
+    problem.x = torch.eye(256).bfloat16()[96:128]
+    problem.weights = torch.full((32, 1), 1 / 32)
+    write(problem.w13, problem.scheme13, (0, 0), torch.full((256, 256), 4), exponent=3)
+    write(problem.w13, problem.scheme13, (0, 1), torch.eye(256, dtype=torch.int64))
+    problem.w2["scales"][:, ::3] = exponent
+    assert_exact(problem.run(None), problem.dequantised(0)[2].T[96:128].float())
+
+
+def test_an_fp4_scale_that_is_not_a_number_gives_none(make):
+    problem = make(SCHEMES["fp4"], tokens=2, topk=1, experts=1, hidden=256, inner=256)
+    problem.w2["scales"][0, 5, 1] = 255
+    assert problem.run().isnan().any(dim=0).nonzero().flatten().tolist() == [5]

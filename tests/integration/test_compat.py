@@ -31,12 +31,13 @@ MAY_IMPORT_VLLM = {"compat.py", "serving/compat.py"} | {
         "registered_model",
         "rust_frontend",
         "serving",
+        "speculation",
         "tool_calls",
         "workarounds",
     )
 }
 # What `register` imports in every process, and so may import vLLM only when it runs.
-LIGHT = ("in_tree", "install", "refusals", "rust_frontend", "serving", "switch", "workarounds")
+LIGHT = ("in_tree", "install", "refusals", "rust_frontend", "serving", "speculation", "switch", "workarounds")
 FORBIDDEN = ("vllm.models.deepseek_v4", "vllm.v1.core")
 
 

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.config.speculative import SpeculativeMethod
 
 from testing.integration import engine_config, write_config
 from vllm_deepseek_v4flash.config import MODEL_TYPE
 from vllm_deepseek_v4flash.integration.quantization import NAME, DeepseekV4QuantConfig
 from vllm_deepseek_v4flash.integration.refusals import HYBRID_CONNECTORS
+from vllm_deepseek_v4flash.integration.speculation import DRAFT_FREE, check_speculation
 from vllm_deepseek_v4flash.integration.switch import DISABLE_ENV
 
 # What and its value, why, what to do; vLLM puts its own words around what the hook for a model raises.
 TEMPLATE = re.compile(r"[-.\w\[\]]+=[^=]+: .+\. [A-Z].+\.")
 
 REFUSED = {
-    "ngram": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        {},
-        ["--speculative-config.method='ngram': ", "Start without --speculative-config", f"{DISABLE_ENV}=1"],
-    ),
     "mtp": (
         {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
         {},
-        ["--speculative-config.method='mtp': ", "Start without --speculative-config", f"{DISABLE_ENV}=1"],
+        ["--speculative-config.method='mtp': with the draft '", "Use 'ngram'", f"{DISABLE_ENV}=1"],
     ),
     "fp8_e5m2": (
         {"kv_cache_dtype": "fp8_e5m2"},
@@ -144,6 +142,25 @@ def test_refused(tmp_path, arguments, config, words):
     message = str(refusal.value)
     assert [word for word in words if word not in message] == []
     assert TEMPLATE.search(message)
+
+
+METHODS = get_args(SpeculativeMethod)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_draft_is_allowed_or_refused_by_name(method):
+    config = SimpleNamespace(speculative_config=SimpleNamespace(method=method, model="org/draft"))
+    if method in DRAFT_FREE:
+        check_speculation(config)
+        return
+    with pytest.raises(ValueError, match="not supported") as refusal:
+        check_speculation(config)
+    assert str(refusal.value).startswith(f"--speculative-config.method={method!r}: with the draft 'org/draft' ")
+    assert TEMPLATE.search(str(refusal.value))
+
+
+def test_no_draft_that_is_allowed_has_gone():
+    assert set(DRAFT_FREE) <= set(METHODS)
 
 
 @pytest.mark.usefixtures("registered")

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import vllm_deepseek_v4flash.ops as ops
+from testing.logs import recorded
+from vllm_deepseek_v4flash.log import warning_once
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.cuda import library
 from vllm_deepseek_v4flash.ops.dispatch import OPS_ENV, backend_of, backends, describe, implementation, op, use, wrap
@@ -42,6 +44,7 @@ def without_numba(monkeypatch):
 def built(request, monkeypatch):
     """Whether the kernels of csrc/ were compiled when the package was installed."""
     monkeypatch.setitem(dispatch.KERNELS, "cuda", ("cuda", "triton") if request.param else ("triton",))
+    monkeypatch.setattr(dispatch, "failure", lambda: None)
     return request.param
 
 
@@ -245,6 +248,23 @@ def test_the_kernels_of_csrc_can_be_chosen_where_they_were_compiled(built):
                 backends("cuda")
         with pytest.raises(ValueError, match=r"OPS=cuda: the kernels need .*; this device is cpu"):
             backends("cpu")
+
+
+def test_kernels_of_csrc_that_cannot_run_here_are_replaced_and_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(dispatch.KERNELS, "cuda", ("cuda", "triton"))
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "kernels.so")
+    (tmp_path / "kernels.so").write_text("no library")
+    library.library.cache_clear()
+    library.failure.cache_clear()
+    warning_once.cache_clear()
+    with recorded(dispatch.logger.name) as said:
+        assert backends("cuda") == ("triton", "torch", "reference")
+    (line,) = said.lines
+    assert "cannot run here, and Triton's run instead" in line
+    with use("cuda"), pytest.raises(ValueError, match=r"OPS=cuda: the kernels need .*; they cannot run here"):
+        backends("cuda")
+    library.library.cache_clear()
+    library.failure.cache_clear()
 
 
 def test_triton_can_be_chosen_for_a_cpu_with_its_interpreter(monkeypatch):

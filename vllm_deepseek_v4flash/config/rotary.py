@@ -23,15 +23,17 @@ def read_rope_head_dim(source: Source, head_dim: int) -> int:
     """The rotated channels of a head, from `qk_rope_head_dim` or `partial_rotary_factor`."""
     explicit = source.get("qk_rope_head_dim")
     factor = source.get("partial_rotary_factor")
+    if factor is not None and as_positive("partial_rotary_factor", factor) > 1:
+        raise config_error("partial_rotary_factor", factor, "must be at most 1, the whole head")
     if explicit is not None:
         rope_dim = as_integer("qk_rope_head_dim", explicit)
         # transformers stores both, and truncates the product to an integer, which may lose one to rounding.
-        if factor is not None and abs(as_positive("partial_rotary_factor", factor) * head_dim - rope_dim) > 1:
+        if factor is not None and abs(factor * head_dim - rope_dim) > 1:
             raise config_error(
                 "partial_rotary_factor", factor, f"must be qk_rope_head_dim / head_dim = {rope_dim} / {head_dim}"
             )
         return rope_dim
-    return round(head_dim * as_positive("partial_rotary_factor", 64 / 512 if factor is None else factor))
+    return round(head_dim * (64 / 512 if factor is None else factor))
 
 
 def read_rope(source: Source) -> tuple[float, float, RopeScaling | None]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import BLOCK_TOKENS, MODEL_TYPE, DeepseekV4Config, LayerKind
+from .speculation import check_speculation
 from .switch import DISABLE_ENV
 
 if TYPE_CHECKING:
@@ -77,13 +78,7 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
     """
     from .quantization import NAME, check_unquantised
 
-    speculative = vllm_config.speculative_config
-    if speculative is not None:
-        raise ValueError(
-            f"--speculative-config.method={getattr(speculative, 'method', None)!r}: vllm-deepseek-v4flash does not "
-            f"support speculative decoding yet, and vLLM's drafts do not fit its model. Start without "
-            f"--speculative-config, or set {DISABLE_ENV}=1 for vLLM's in-tree model."
-        )
+    check_speculation(vllm_config)
     method = vllm_config.model_config.quantization
     if method not in (None, NAME):
         raise ValueError(

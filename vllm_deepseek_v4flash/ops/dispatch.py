@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-from .cuda.library import built
+from ..log import logger_name, warning_once
+from .cuda.library import built, failure
+
+logger = logging.getLogger(logger_name(__name__))
 
 OPS_ENV = "VLLM_DEEPSEEK_V4FLASH_OPS"
 CHOICES = ("auto", "reference", "cpu", "triton", "cuda", "torch")
@@ -93,7 +97,7 @@ def backends(device_type: str) -> tuple[str, ...]:
     Raises:
         ValueError: the choice needs something that is missing.
     """
-    choice, kernels = chosen(), KERNELS.get(device_type, ())
+    choice, kernels = chosen(), _kernels(device_type)
     if choice == "auto":
         return (*kernels, "torch", "reference")
     if choice in ("reference", "torch"):
@@ -107,9 +111,20 @@ def backends(device_type: str) -> tuple[str, ...]:
         return ("triton", "torch", "reference")
     if choice not in kernels:
         needs, lacks = _NEEDS[choice]
+        if choice in KERNELS.get(device_type, ()):
+            lacks = f"they cannot run here ({failure()})"
         found = lacks if device_type == choice else f"this device is {device_type}"
         raise ValueError(f"{OPS_ENV}={choice}: the kernels need {needs}; {found}. Unset it to run what there is.")
     return (*kernels, "torch", "reference")
+
+
+def _kernels(device_type: str) -> tuple[str, ...]:
+    """KERNELS of a device without those that this machine cannot run."""
+    kernels = KERNELS.get(device_type, ())
+    if device_type != "cuda" or "cuda" not in kernels or (reason := failure()) is None:
+        return kernels
+    warning_once(logger, "csrc/'s kernels cannot run here, and Triton's run instead: %s", reason)
+    return tuple(name for name in kernels if name != "cuda")
 
 
 def chosen() -> str:

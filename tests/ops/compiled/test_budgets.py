@@ -31,7 +31,7 @@ def test_budgets(layers, kind):
 def test_an_exceeded_budget_is_told_with_both_figures(layers, monkeypatch):
     monkeypatch.setitem(budgets.LAUNCHES, LayerKind.CSA, 1)
     monkeypatch.setitem(budgets.INSTRUCTIONS, "packed_experts", 0.5)
-    monkeypatch.setitem(budgets.WASTED, "down", 0.0)
+    monkeypatch.setitem(budgets.WASTED, "_linear", 0.0)
     launches, *_ = told = budgets.exceeded(LayerKind.CSA, layers[LayerKind.CSA])
     assert launches.startswith("CSA: ")
     assert launches.endswith("launches, the budget is 1")
@@ -47,14 +47,14 @@ def test_a_layer_runs_the_kernels_of_its_kind(layers):
         launches = [launch for call in calls for launch in call.launches]
         assert [launch.bytes for launch in launches if isinstance(launch, AllReduce)] == [8 * 4096 * 2, 8 * 4096 * 4]
         kernels = [launch.kernel for launch in launches if isinstance(launch, Profile)]
-        assert kernels[-2:] == ["gate_up", "down"]  # csrc/'s
+        assert kernels[-3:] == ["prepare", "gate_up", "down"]  # csrc/'s
         assert all(launch.instructions > 0 for launch in launches if isinstance(launch, Profile))
 
 
 def test_experts_move_the_bytes_of_the_chosen_experts(layers):
     """Codes and scales of gate_up: between those of the drawn experts and a tenth more, for x and the routing."""
     (call,) = (call for call in layers[LayerKind.CSA] if call.op == "packed_experts")
-    gate_up = call.launches[0]
+    gate_up = call.launches[1]
     least = call.units * 2 / 3 * (0.5 + 2 / 128)
     assert least * 0.9 <= gate_up.traffic.moved <= least * 1.1
 

@@ -27,5 +27,5 @@ def test_experts(nvcc, rng, monkeypatch, scheme, sizes):
     monkeypatch.setattr(cuda, "triton_packed_experts", None)  # nothing may be left to Triton
     problem = Problem(rng, "cpu", scheme, **sizes)
     actual, runs = verified(problem.run, functools.partial(cuda_kernels.executed, 80), SCHEDULES)
-    assert [run.kernel for run in runs] == ["gate_up", "down"]
+    assert [run.kernel for run in runs] == ["prepare", "gate_up", "down"]
     assert_within(actual, *problem.expected())

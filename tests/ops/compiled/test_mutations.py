@@ -77,24 +77,24 @@ def test_a_barrier_or_a_wait_left_out(rng, case, kernel, opcode, most):
 
 CUDA_MISTAKES = {
     "none": ("experts.cu", "", ""),
-    "one wait too few": ("experts.cu", "gpu::wait<kStages - 2>();", "gpu::wait<kStages - 1>();"),
-    "no barrier before the queues become sums": (
-        "experts.cu", "gpu::wait<0>();\n  gpu::sync_block();", "gpu::wait<0>();",
-    ),
-    "no barrier after the sums": ("experts.cu", "sums[tile][i];\n  gpu::sync_block();", "sums[tile][i];"),
-    "no barrier after gathering": (
-        "experts.cu", "  gpu::sync_block();\n  return static_cast<int>(expert", "  return static_cast<int>(expert",
+    "one wait too few": ("product.cuh", "gpu::wait<kStages - 2>();", "gpu::wait<kStages - 1>();"),
+    "no sync_warp before the queue is read": (
+        "product.cuh", "gpu::wait<kStages - 2>();\n    gpu::sync_warp();", "gpu::wait<kStages - 2>();",
     ),
     "no sync_warp between scales and products": (
-        "experts.cu", "load_scales(stage + kWarps, raw);\n    gpu::sync_warp();", "load_scales(stage + kWarps, raw);",
+        "product.cuh", "raw.store(queue, w.scale_type);\n      gpu::sync_warp();", "raw.store(queue, w.scale_type);",
     ),
-    "an index off by one": ("experts.cu", "* inner + first + row] = round", "* inner + first + row + 1] = round"),
+    "no barrier in the plan": (
+        "plan.cuh", "% kPairs == 0;\n  }\n  gpu::sync_block();", "% kPairs == 0;\n  }",
+    ),
+    "an index off by one": ("experts.cu", "place_of(first + g + i", "place_of(first + g + 1 + i"),
+    "a segment left out": ("experts.cu", "s = 0; s < work.segments; ++s) sums", "s = 1; s < work.segments; ++s) sums"),
     "a swapped fragment": ("gpu.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
-    "a wrong nibble": ("weights.cuh", "word >> (4 * kPair) & 0x000F000Fu", "word >> (4 * kPair + 1) & 0x000F000Fu"),
+    "a wrong nibble": ("weights.cuh", "word >> 4 * kPair, 0x000F000Fu", "word >> (4 * kPair + 1), 0x000F000Fu"),
 }  # fmt: skip
 
 
-ORDINARY = ("one wait too few", "no barrier after the sums")  # nvcc takes some seconds for each
+ORDINARY = ("one wait too few", "no sync_warp between scales and products")  # nvcc takes some seconds for each
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("kernels.so")
-ABI = 1  # csrc's kAbi: both change when an argument does
+ABI = 2  # csrc's kAbi: both change when an argument does
 
 
 class Weights(ctypes.Structure):
@@ -21,11 +21,12 @@ class Weights(ctypes.Structure):
         ("group", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("columns", ctypes.c_int),
+        ("segment", ctypes.c_int),
     )
 
 
 class Routing(ctypes.Structure):
-    """`Routing` of csrc/experts.cu."""
+    """`Routing` of csrc/plan.cuh."""
 
     _fields_ = (
         ("ids", ctypes.c_void_p),
@@ -34,6 +35,18 @@ class Routing(ctypes.Structure):
         ("topk", ctypes.c_int),
         ("first", ctypes.c_int),
         ("experts", ctypes.c_int),
+    )
+
+
+class Buffers(ctypes.Structure):
+    """`Buffers` of csrc/plan.cuh."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "plan", "rows", "activation", "halves", "products", "arrived", "out")
+        ),
+        *((name, ctypes.c_int) for name in ("hidden", "inner", "narrow13", "narrow2")),
     )
 
 
@@ -61,9 +74,21 @@ def load(path: Path) -> ctypes.CDLL:
             f"{path} was compiled from other sources (interface {abi}, this package has {ABI}): install the package "
             f"again, which compiles it"
         )
-    pointer, by_reference = ctypes.c_void_p, ctypes.POINTER
+    by_reference = ctypes.POINTER
     handle.deepseek_v4flash_experts.argtypes = (
-        ctypes.c_int, by_reference(Weights), by_reference(Weights), by_reference(Routing),
-        pointer, pointer, pointer, pointer, pointer, ctypes.c_float, pointer,
+        ctypes.c_int, ctypes.c_int, by_reference(Weights), by_reference(Weights), by_reference(Routing),
+        by_reference(Buffers), ctypes.c_float, ctypes.c_void_p,
     )  # fmt: skip
     return handle
+
+
+@functools.cache
+def failure() -> str | None:
+    """Why the compiled kernels cannot run on this process's GPU; None where they can. Starts CUDA."""
+    try:
+        status = library().deepseek_v4flash_probe()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return (
+        None if status == 0 else f"cudaError {status}: not compiled for this GPU, or by a newer CUDA than the driver's"
+    )
