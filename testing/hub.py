@@ -24,6 +24,8 @@ class Hub:
     directory: Path
     token: str | None = None
     """Without it in a request, the repository is not there."""
+    gated: bool = False
+    """Whether its terms were not accepted."""
     ranges: bool = True
     """Whether range requests are answered as such."""
     endpoint: str = ""
@@ -65,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         allowed = hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
         if not allowed or not (info or file):
             self._refuse(401, "RepoNotFound")
+        elif hub.gated:
+            self._refuse(403, "GatedRepo")
         elif (info or file)[1] not in (*REVISIONS, None):  # type: ignore[index]
             self._refuse(404, "RevisionNotFound")
         elif info:
@@ -83,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         size = path.stat().st_size
         headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.hub.ranges else None
+        if wanted and int(wanted[1]) >= size:
+            self._send(416, b"", {"Content-Range": f"bytes */{size}"})
+            return
         begin, end = (int(wanted[1]), min(int(wanted[2]) + 1, size)) if wanted else (0, size)
         if wanted:
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"

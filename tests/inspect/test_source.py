@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,51 @@ def test_no_hub_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shard_that_is_not_in_the_repository(hub: Hub, small: Path, tmp_path: Path) -> None:
     hub.directory = linked(small, tmp_path / "copy", without="*-00003-*")
     with pytest.raises(CheckpointError, match=r"00003-of-00003\.safetensors, which .* lists, is not in the repository"):
+        inspect_checkpoint(REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        (struct.pack("<Q", 1000) + b"{", "it has 9 bytes, its header alone needs 1008"),
+        (b"1234", "its 4 bytes do not start with the length of a header"),
+        (b"", "its 0 bytes do not start with the length of a header"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "is a Git LFS pointer"),
+    ],
+)
+def test_a_truncated_shard_of_a_repository(hub: Hub, small: Path, tmp_path: Path, shard: bytes, message: str) -> None:
+    hub.directory = linked(small, tmp_path / "copy", without="*-00003-*")
+    (hub.directory / "model-00003-of-00003.safetensors").write_bytes(shard)
+    with pytest.raises(CheckpointError, match=rf"00003-of-00003\.safetensors.*{message}"):
+        inspect_checkpoint(REPOSITORY)
+
+
+def test_a_repository_without_an_index(hub: Hub, small: Path, tmp_path: Path) -> None:
+    """Its shards are those in it, as they are for vLLM; what they lack is missing."""
+    hub.directory = linked(small, tmp_path / "copy", without="model.safetensors.index.json")
+    assert content(inspect_checkpoint(REPOSITORY)) == content(inspect_checkpoint(small))
+    (hub.directory / "model-00003-of-00003.safetensors").unlink()
+    assert "missing" in {problem.kind for problem in inspect_checkpoint(REPOSITORY).problems}
+
+
+def test_a_repository_without_a_model(hub: Hub, tmp_path: Path) -> None:
+    hub.directory = tmp_path
+    with pytest.raises(CheckpointError, match=rf"{REPOSITORY} at {COMMIT[:12]} has no config.json"):
+        inspect_checkpoint(REPOSITORY)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors file is in the repository"):
+        inspect_checkpoint(REPOSITORY)
+
+
+def test_a_repository_whose_terms_were_not_accepted(hub: Hub) -> None:
+    hub.gated = True
+    with pytest.raises(CheckpointError, match=r"access is restricted\. Accept its terms"):
+        inspect_checkpoint(REPOSITORY)
+
+
+def test_without_the_hubs_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="pip install -U huggingface_hub"):
         inspect_checkpoint(REPOSITORY)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.headers import TensorHeader, header_length, parse_header
@@ -19,6 +20,7 @@ from ..checkpoint.headers import TensorHeader, header_length, parse_header
 _FIRST_BYTES = 1 << 19
 _CONNECTIONS = 8
 _TIMEOUT_S = 30.0
+_UNSATISFIABLE = 416  # the status of a range that begins where a file ends: an empty one has no first byte
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -97,6 +99,8 @@ class HubFiles:
         url = self._hub.hf_hub_url(self.repository, name, revision=self._commit)
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as response:
+            if response.status_code == _UNSATISFIABLE and begin == 0:
+                return 0, b""
             hf_raise_for_status(response)
             found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
             # A whole shard must not come instead of its first bytes.
@@ -124,7 +128,8 @@ class HubFiles:
         """Failures of the hub as one sentence."""
         from huggingface_hub import errors
 
-        connection = errors.HfHubHTTPError.__mro__[1]  # the base class of the HTTP client that this version uses
+        # The base class is that of the HTTP client that this version uses.
+        connection = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
         try:
             yield
         except CheckpointError:

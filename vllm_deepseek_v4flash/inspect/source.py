@@ -112,10 +112,8 @@ def _of_hub(hub: HubFiles) -> Source:
         files = sorted(set(index.values()))
     missing = [name for name in files if name not in hub.names]
     if missing or not files:
-        raise CheckpointError(
-            f"{hub.where}: {f'{missing[0]}, which {INDEX} lists, is' if missing else 'no *.safetensors file is'} not "
-            f"in the repository. Pass another revision or repository."
-        )
+        problem = f"{missing[0]}, which {INDEX} lists, is not" if missing else "no *.safetensors file is"
+        raise CheckpointError(f"{hub.where}: {problem} in the repository. Pass another revision or repository.")
     headers = list(merge_headers(hub.where, index, hub.headers(files)).values())
     return Source(hub.where, values, config, headers, "headers", chat)
 
