@@ -172,8 +172,9 @@ def unpacked_dtype(name: str, integer: bool = False) -> str:
 def write_checkpoint(
     directory: Path, values: dict[str, Any], declared: Declared, quantization: Any = None, shards: int = 1
 ) -> Path:
-    """config.json and `shards` sparse safetensors files, with an index if there is more than one."""
+    """config.json, a tokenizer's file, and `shards` sparse safetensors files, with an index if there are several."""
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text("{}")
     config = values if quantization is None else {**values, "quantization_config": quantization}
     (directory / "config.json").write_text(json.dumps(config))
     names, weight_map = list(declared), {}
@@ -183,7 +184,9 @@ def write_checkpoint(
         write_file(directory / file, {name: declared[name] for name in part})
         weight_map.update(dict.fromkeys(part, file))
     if shards > 1:
-        (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        total = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in declared.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index))
     return directory
 
 

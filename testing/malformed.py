@@ -84,6 +84,7 @@ def write(
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+    _write(directory / "tokenizer.json", "{}")
     texts = texts or {}
     _write(directory / CONFIG, texts.get(CONFIG, _same)(json.dumps(base.config)))
     if index:

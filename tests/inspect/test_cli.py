@@ -136,13 +136,13 @@ def test_act_order_does_not_go_with_tensor_parallelism(small: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("text", "size"),
     [("80GiB", 80 << 30), ("80 GB", 80 * 10**9), ("81920MiB", 80 << 30), ("1.5TiB", 3 << 39), ("80gib", 80 << 30),
-     ("1000", 1000)],
+     ("80G", 80 * 10**9), ("80000000000", 80 * 10**9)],
 )  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["80G", "", "GiB", "-80GiB", "80 GiB free", "0GiB", "1e3GiB", "nan"])
+@pytest.mark.parametrize("text", ["80", "80K", "", "GiB", "-80GiB", "80 GiB free", "0GiB", "1e3GiB", "nan"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="80GiB"):
         parse_size(text)
@@ -152,11 +152,11 @@ def test_other_sizes_are_refused(text: str) -> None:
     ("options", "message"),
     [
         ([], "required"),
-        (["inspect"], "DIR"),
+        (["inspect"], "MODEL"),
         (["inspect", ".", "--gpus", "2"], "--gpus and --memory go together"),
         (["inspect", ".", "--memory", "80GiB"], "--gpus and --memory go together"),
         (["inspect", ".", "--gpus", "0", "--memory", "80GiB"], "'0' is not a whole number"),
-        (["inspect", ".", "--gpus", "2", "--memory", "80G"], "'80G' is not a size"),
+        (["inspect", ".", "--gpus", "2", "--memory", "80"], "'80' is not the memory of a GPU"),
         (["inspect", ".", "--gpu-memory-utilization", "92"], "'92' is not a share"),
         (["inspect", ".", "--gpu-memory-utilization", "most"], "'most' is not a share"),
     ],

@@ -183,7 +183,7 @@ def test_a_file(file: str, content: bytes | None, message: str, tmp_path: Path) 
 def test_a_size_of_400_digits(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["inspect", "x", "--gpus", "1", "--memory", "9" * 400])
-    assert "is not a size: write 80GiB" in capsys.readouterr().err
+    assert "is not the memory of a GPU: write 80GiB" in capsys.readouterr().err
 
 
 def assert_matches(pattern: str, text: str) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-
+from ..ops.torch_or_dtypes import torch
 from . import names
 from .dtypes import DTYPES
 from .headers import DTYPE_BITS, TensorHeader

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..ops.torch_or_dtypes import torch
 from .headers import TensorHeader
 
 # The sub-byte and complex codes never hold a weight that a format here reads.

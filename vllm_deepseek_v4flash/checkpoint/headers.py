@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
         raise CheckpointError(
             f"{directory} is not a directory. Pass the directory that holds config.json and the shards."
         )
-    index = _read_index(directory / INDEX)
+    index = read_index(directory)
     files = sorted(set(index.values())) if index is not None else _list_files(directory)
     missing = [file for file in files if not _is_file(directory / file)]
     if missing:
@@ -79,16 +80,27 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
             f"{directory}: {len(missing)} of the {len(files)} shards that {INDEX} lists are missing: "
             f"{_some(missing)}. Download them into this directory."
         )
+    return merge_headers(directory, index or {}, (read_file_header(directory / file) for file in files))
+
+
+def merge_headers(
+    where: str | Path, index: Mapping[str, str], shards: Iterable[Iterable[TensorHeader]]
+) -> dict[str, TensorHeader]:
+    """The tensors of all shards by name.
+
+    Raises:
+        CheckpointError: a tensor is in two shards, or not in the shard where the index places it.
+    """
     tensors: dict[str, TensorHeader] = {}
-    for file in files:
-        for tensor in read_file_header(directory / file):
+    for shard in shards:
+        for tensor in shard:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise CheckpointError(
-                    f"{directory}: tensor {tensor.name} is in {other.file.name} {list(other.shape)} and again in "
-                    f"{file} {list(tensor.shape)}. Remove the shards that do not belong to this checkpoint."
+                    f"{where}: tensor {tensor.name} is in {other.file.name} {list(other.shape)} and again in "
+                    f"{tensor.file.name} {list(tensor.shape)}. Remove the shards that do not belong to this checkpoint."
                 )
-    _check_index(directory, index or {}, tensors)
+    _check_index(where, index, tensors)
     return tensors
 
 
@@ -110,6 +122,20 @@ def read_file_header(file: Path) -> list[TensorHeader]:
         size, length, text = _read_header_text(file)
     except OSError as error:
         raise _unreadable(file, error) from error
+    return parse_header(file, size, 8 + length, text)
+
+
+def parse_header(file: Path, size: int, start: int, text: bytes) -> list[TensorHeader]:
+    """The tensors that a header, `text`, describes, in the order of their bytes.
+
+    Args:
+        file: What messages call the file; it need not be on this machine.
+        size: Of the whole file.
+        start: Where the header ends and the tensors begin.
+
+    Raises:
+        CheckpointError: see `read_headers`.
+    """
     try:
         header = parse_json(text)
     except ValueError as error:
@@ -117,52 +143,81 @@ def read_file_header(file: Path) -> list[TensorHeader]:
     if not isinstance(header, dict):
         raise _broken(file, f"its header is a JSON {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
+    tensors = [_tensor(file, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: tensor.offsets)
-    _check_extent(file, tensors, 8 + length, size)
+    _check_extent(file, tensors, start, size)
     return tensors
+
+
+def header_length(file: Path, size: int, start: bytes) -> int:
+    """The length of a header, which the first 8 bytes of its file give; `start` holds at least as many as a file has.
+
+    Raises:
+        CheckpointError: see `read_headers`.
+    """
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else _MAX_HEADER + 1
+    if length > _MAX_HEADER:
+        if start.startswith(_LFS_POINTER):
+            raise CheckpointError(
+                f"{file} is a Git LFS pointer of {size} bytes, not the tensors. Run `git lfs pull` in its directory."
+            )
+        raise _broken(file, f"its {size} bytes do not start with the length of a header up to {_MAX_HEADER} bytes")
+    if 8 + length > size:
+        raise _truncated(file, size, f"its header alone needs {8 + length}")
+    return length
 
 
 def _read_header_text(file: Path) -> tuple[int, int, bytes]:
     """The sizes of the file and of its header, and the header."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-        if length > _MAX_HEADER:
-            start = prefix + stream.read(len(_LFS_POINTER))
-            if start.startswith(_LFS_POINTER):
-                raise CheckpointError(
-                    f"{file} is a Git LFS pointer of {size} bytes, not the tensors. Run `git lfs pull` in its "
-                    f"directory."
-                )
-            raise _broken(file, f"its {size} bytes do not start with the length of a header up to {_MAX_HEADER} bytes")
-        if 8 + length > size:
-            raise _truncated(file, size, f"its header alone needs {8 + length}")
+        start = stream.read(8 + len(_LFS_POINTER))
+        length = header_length(file, size, start)
+        stream.seek(8)
         return size, length, stream.read(length)
 
 
-def _read_index(path: Path) -> dict[str, str] | None:
-    """Shard file by tensor name; None where there is no index."""
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Shard file by tensor name; None where there is no index.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not an index of files of the same directory.
+    """
+    path = directory / INDEX
     if not path.exists():
         return None
     try:
-        parsed = parse_json(path.read_bytes())
+        return parse_index(path, path.read_bytes())[0]
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def parse_index(path: Path, content: bytes) -> tuple[dict[str, str], int | None]:
+    """Shard file by tensor name, and the bytes of all tensors where the index gives them.
+
+    Raises:
+        CheckpointError: see `read_index`.
+    """
+    try:
+        parsed = parse_json(content)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map from tensor names to shard files. Download it again.")
+    good: set[str] = set()
     for name, file in weight_map.items():
         # vLLM looks for shards in the checkpoint's own directory only.
-        if not isinstance(file, str) or not _is_file_name(file) or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path} places tensor {printable(name)} in {shown(file)}: it must be a *.safetensors file of the same "
-                f"directory. Download the index again."
-            )
-    return weight_map
+        if not isinstance(file, str) or file not in good:
+            if not isinstance(file, str) or not _is_file_name(file) or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{path} places tensor {printable(name)} in {shown(file)}: it must be a *.safetensors file of the "
+                    f"same directory. Download the index again."
+                )
+            good.add(file)
+    metadata = parsed.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, total if type(total) is int and total > 0 else None
 
 
 def _is_file_name(name: str) -> bool:
@@ -225,13 +280,13 @@ def _check_extent(file: Path, tensors: list[TensorHeader], start: int, size: int
         raise _broken(file, f"it has {size} bytes, but its tensors end at {position}")
 
 
-def _check_index(directory: Path, index: dict[str, str], tensors: dict[str, TensorHeader]) -> None:
+def _check_index(where: str | Path, index: Mapping[str, str], tensors: dict[str, TensorHeader]) -> None:
     for name, file in index.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.file.name != file:
             found = f"; it is in {tensor.file.name}" if tensor is not None else " nor in any other listed shard"
             raise CheckpointError(
-                f"{directory}: {INDEX} places tensor {printable(name)} in {file}, but it is not there{found}. The "
+                f"{where}: {INDEX} places tensor {printable(name)} in {file}, but it is not there{found}. The "
                 f"index and the shards come from different revisions: download both again."
             )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ..config import DeepseekV4Config, LayerKind
@@ -166,9 +167,16 @@ def native_name(source: str) -> str | None:
     if match is None:
         found = _find(name, _GLOBAL_ROWS)
         return found[0].native + found[1] if found else None
-    prefix, path = f"layers.{match[1]}.", _fold(match[2])
+    path = _native_path(match[2])
+    return None if path is None else f"layers.{match[1]}.{path}"
+
+
+@lru_cache(maxsize=1 << 14)
+def _native_path(path: str) -> str | None:
+    """DeepSeek's spelling of what follows `layers.N.`. Every layer has the same, so most are looked up once."""
+    path = _fold(path)
     if path in (FUSED_GATE_UP, FUSED_DOWN):
-        return prefix + path
+        return path
     expert = _EXPERT.search(path)
     found = _find(_EXPERT.sub("*", path), _LAYER_ROWS)
     if found is None:
@@ -178,7 +186,7 @@ def native_name(source: str) -> str | None:
         if expert is None:
             return None
         native = native.replace("*", expert[0])
-    return prefix + native + found[1]
+    return native + found[1]
 
 
 def is_mtp(source: str) -> bool:

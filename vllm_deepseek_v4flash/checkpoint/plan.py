@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..ops.packed_weight import Scheme
+from ..ops.torch_or_dtypes import torch
 from .formats import Format
 
 # vLLM's vocabulary layers hold plain weights only, so these are dequantised at load.

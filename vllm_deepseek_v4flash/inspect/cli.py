@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from vllm_deepseek_v4flash.inspect.capacity import Capacity
     from vllm_deepseek_v4flash.inspect.contents import Report
 
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}}
 _MOST_BYTES = float(1 << 63)
-_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}
+_LEAST_BYTES = 1 << 20  # no GPU has less: a forgotten unit
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {_prefix: 1000**_power, f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
 
 _INSPECT = """\
 Read config.json and the safetensors headers of a checkpoint, print its modules by format, group size, shape, count and
-bytes, and list what is missing, unexpected or mis-shaped. With --gpus and --memory also say what fits. Reads no
-weights, needs no GPU and no vLLM. Exit status: 0 it can be served, 1 it cannot (the reasons come last), 2 wrong usage.
+bytes, list what is missing, unexpected or mis-shaped, and check the files that a chat needs. With --gpus and --memory
+also say what fits. Of a Hugging Face repository only these parts are downloaded; of a directory without its shards the
+index, or config.json alone, gives an estimate. Reads no weights, needs no GPU, no vLLM and no torch. Exit status: 0 it
+can be served, 1 it cannot (the reasons come last), 2 wrong usage.
 """
 
 
@@ -49,16 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "80GiB", "80 GB", "81920MiB" or a plain number.
+    """Bytes of "80GiB", "80 GB", "80G" (the same as 80GB), "81920MiB" or a plain number.
 
     Raises:
-        argparse.ArgumentTypeError: for anything else; "80G" does not say which of two sizes it means.
+        argparse.ArgumentTypeError: for anything else, and below 1 MiB, as "80" without a unit is.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     size = float(match[1]) * unit if match and unit else 0.0
-    if not 1 <= size < _MOST_BYTES:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a size: write 80GiB (1024^3), 80GB (1000^3) or bytes")
+    if not _LEAST_BYTES <= size < _MOST_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not the memory of a GPU: write 80GiB (1024^3) or 80G, 80GB (1000^3)"
+        )
     return int(size)
 
 
@@ -67,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, and what fits", description=_INSPECT)
-    inspect.add_argument("directory", metavar="DIR", help="the checkpoint: config.json and *.safetensors")
+    inspect.add_argument(
+        "model", metavar="MODEL", help="a directory with config.json and *.safetensors, or OWNER/NAME on Hugging Face"
+    )
+    inspect.add_argument(
+        "--revision", metavar="REVISION", help="branch, tag or commit on Hugging Face; HF_TOKEN and HF_ENDPOINT apply"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     fit = inspect.add_argument_group("what fits", "GPUs share the model by tensor parallelism")
     fit.add_argument("--gpus", type=_positive, metavar="N", help="how many GPUs")
@@ -108,13 +119,13 @@ def _share(text: str) -> float:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    # Imported here because they import torch, which `--help` and wrong options do not need.
+    # Imported here because they import torch where it is installed, which `--help` and wrong options do not need.
     from vllm_deepseek_v4flash.checkpoint.errors import CheckpointError
     from vllm_deepseek_v4flash.inspect.contents import inspect_checkpoint
     from vllm_deepseek_v4flash.inspect.report import as_json, as_text
 
     try:
-        report = inspect_checkpoint(options.directory)
+        report = inspect_checkpoint(options.model, options.revision)
     except CheckpointError as error:
         if options.json:
             print(json.dumps({"servable": False, "reasons": [str(error)]}, indent=1))
@@ -122,6 +133,9 @@ def _inspect(options: argparse.Namespace) -> int:
             print(f"This checkpoint cannot be served:\n  {error}")
         return 1
     reasons, capacity = _problem_reasons(report), None
+    if report.basis == "headers":
+        # What is not downloaded yet need not lack them.
+        reasons += report.chat.problems
     if options.gpus is not None:
         capacity, more = _fit(report, options)
         reasons += more
@@ -142,10 +156,9 @@ def _problem_reasons(report: Report) -> list[str]:
 
 def _fit(report: Report, options: argparse.Namespace) -> tuple[Capacity | None, list[str]]:
     """What fits, and the reasons why it does not; without a plan where the model cannot be divided at all."""
-    import torch
-
     from vllm_deepseek_v4flash.inspect.capacity import Limits, division_problems, plan_capacity
     from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
+    from vllm_deepseek_v4flash.ops.torch_or_dtypes import torch
 
     limits = Limits(
         options.gpus, options.memory, options.gpu_memory_utilization, options.enable_expert_parallel,

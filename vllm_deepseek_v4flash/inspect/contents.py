@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, from config.json and the safetensors headers alone: what `inspect` reports."""
+"""What a checkpoint holds, from config.json and the safetensors headers alone: what `inspect` reports."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.errors import CheckpointError
-from ..checkpoint.headers import DTYPE_BITS, TensorHeader, read_headers
+from ..checkpoint.headers import DTYPE_BITS, TensorHeader
 from ..checkpoint.plan import HELD_UNPACKED
 from ..checkpoint.survey import Problem, Survey, survey
-from ..config import DeepseekV4Config, parse_json, printable
+from ..config import DeepseekV4Config, printable
 from ..ops.packed_weight import Scheme
 from .capacity import ResidentTensor
+from .chat_files import ChatFiles
+from .source import Basis, open_source, quantization_config
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # What the model keeps in fp32 (tid2eid in int32) whatever its dtype; see `layers/`.
@@ -42,7 +43,7 @@ class Row:
 class Report:
     """What `inspect_checkpoint` found. Bytes are those of the files."""
 
-    directory: Path
+    directory: str
     config: DeepseekV4Config
     method: str
     rows: tuple[Row, ...]
@@ -55,59 +56,35 @@ class Report:
     skipped_formats: Mapping[str, int]
     """How many of their matrices are stored in which format."""
     resident: tuple[ResidentTensor, ...]
+    basis: Basis
+    """What the tensors are known from; anything but "headers" makes an estimate of shapes, dtypes and bytes."""
+    total_size: int | None
+    """Bytes of all tensors as the index gives them, where `basis` is "index" and it does."""
+    chat: ChatFiles
 
 
-def inspect_checkpoint(directory: str | Path) -> Report:
+def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Report:
     """Read config.json and every header, and compare each module with what the config asks for.
+
+    Args:
+        model: A directory, or OWNER/NAME on the Hugging Face hub, of which only headers and small files are read.
+        revision: Of the repository.
 
     Raises:
         CheckpointError: there is nothing to compare: no directory, no or another model's config.json, files that
             `read_headers` refuses. Everything else is in `Report.problems`.
     """
-    directory = Path(directory)
-    values = read_config(directory)
-    try:
-        config = DeepseekV4Config.from_dict(values)
-    except ValueError as error:
-        raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
-    quantization = quantization_config(values)
-    stored = read_headers(directory).values()
-    found = survey(config, quantization, stored)
+    source = open_source(model, revision)
+    quantization, stored = quantization_config(source.values), source.headers
+    found = survey(source.config, quantization, stored)
     skipped_bytes = sum(tensor.nbytes for tensor in found.skipped)
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     return Report(
-        directory, config, printable(str(method or "none"))[:80], rows(found), tuple(found.problems),
+        source.where, source.config, printable(str(method or "none"))[:80], rows(found), tuple(found.problems),
         len(stored) - len(found.skipped), sum(tensor.nbytes for tensor in stored) - skipped_bytes,
-        len(found.skipped), skipped_bytes, skipped_formats(found), residents(found, _DTYPE_BYTES[model_dtype(values)]),
+        len(found.skipped), skipped_bytes, skipped_formats(found),
+        residents(found, _DTYPE_BYTES[model_dtype(source.values)]), source.basis, source.total_size, source.chat,
     )  # fmt: skip
-
-
-def quantization_config(values: Mapping[str, Any]) -> Any:
-    """The quantisation config in config.json, under either of the keys that vLLM reads."""
-    found = values.get("quantization_config")
-    return values.get("compression_config") if found is None else found
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a mapping.
-
-    Raises:
-        CheckpointError: no such directory or file, or it does not hold a JSON object.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory. Pass the one that holds config.json and the shards.")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json. Pass the directory of a downloaded checkpoint.")
-    try:
-        values = parse_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Put a readable file there.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. Download it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is a JSON {type(values).__name__}, should be an object. Download it again.")
-    return values
 
 
 def model_dtype(values: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ def as_text(report: Report, capacity: Capacity | None, reasons: Sequence[str], f
         lines += ["", f"problems: {counts}", *problems]
     if capacity is not None:
         lines += ["", *_capacity_lines(capacity, flags)]
-    lines += ["", *_verdict(reasons)]
+    lines += ["", *_verdict(report, reasons)]
     return "\n".join(lines)
 
 
@@ -33,7 +33,10 @@ def as_json(report: Report, capacity: Capacity | None, reasons: Sequence[str]) -
     return {
         "servable": not reasons,
         "reasons": list(reasons),
-        "directory": str(report.directory),
+        "directory": report.directory,
+        "basis": report.basis,
+        "index_total_size": report.total_size,
+        "chat": dataclasses.asdict(report.chat),
         "quant_method": report.method,
         "layers": {kind.value: report.config.layer_kinds.count(kind) for kind in LayerKind},
         "tensors": report.tensors,
@@ -99,13 +102,32 @@ def _summary(report: Report) -> list[str]:
         f"{config.n_routed_experts} experts, hidden size {config.hidden_size}; quant_method {report.method}",
         f"{report.tensors:,} tensors, {report.nbytes:,} bytes ({_gb(report.nbytes)}, {_gib(report.nbytes)})",
         f"matrices: {_counted(_formats(report))}",
+        *report.chat.lines(),
     ]
+    if report.basis != "headers":
+        lines.append(_estimate(report))
     if report.skipped:
         lines.append(
             f"skipped: {report.skipped:,} mtp.* tensors, {_gb(report.skipped_bytes)} "
             f"(matrices: {_counted(report.skipped_formats)}); multi-token prediction is not supported"
         )
     return lines
+
+
+def _estimate(report: Report) -> str:
+    """What the figures rest on where no shard was read."""
+    if report.basis == "config":
+        return (
+            "estimate: there are neither shards nor an index; tensors are assumed to be those of config.json, with "
+            "what DeepSeek quantises packed as its quantization_config says"
+        )
+    text = "estimate: no shard is here; names are the index's, shapes and dtypes are assumed from config.json"
+    if report.total_size is None:
+        return text
+    found = report.nbytes + report.skipped_bytes
+    if found == report.total_size:
+        return f"{text}; together they have exactly the bytes that the index gives"
+    return f"{text}; together they have {found:,} bytes, and the index gives {report.total_size:,}"
 
 
 def _formats(report: Report) -> dict[str, int]:
@@ -183,10 +205,13 @@ def _options(capacity: Capacity, fit: Fit, flags: Sequence[str]) -> list[str]:
     ]
 
 
-def _verdict(reasons: Sequence[str]) -> list[str]:
-    if not reasons:
+def _verdict(report: Report, reasons: Sequence[str]) -> list[str]:
+    if reasons:
+        return ["This checkpoint cannot be served:", *(f"  {reason}" for reason in reasons)]
+    if report.basis == "headers":
         return ["This checkpoint can be served."]
-    return ["This checkpoint cannot be served:", *(f"  {reason}" for reason in reasons)]
+    known = "the names of its tensors" if report.basis == "index" else "its config.json"
+    return [f"This checkpoint can be served as far as {known} can tell. Inspect it again once its shards are here."]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..config import DeepseekV4Config
 from ..ops.rows import RowFormat
+from ..ops.torch_or_dtypes import torch
 
 _PLAIN = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FP8 = ("fp8", "fp8_e4m3", "fp8_ds_mla")

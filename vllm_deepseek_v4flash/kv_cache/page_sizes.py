@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from ..config import BLOCK_TOKENS, DeepseekV4Config, LayerKind
 from ..ops.rows import RowFormat
+from ..ops.torch_or_dtypes import torch
 from .formats import CacheFormats
 
 WINDOW_BLOCK_TOKENS = 64

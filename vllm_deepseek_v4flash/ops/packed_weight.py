@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
+from .torch_or_dtypes import torch
 
 Kind = Literal["int4", "fp4", "fp8", "plain"]
 

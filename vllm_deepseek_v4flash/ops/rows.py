@@ -20,9 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from .hadamard import hadamard
+from .torch_or_dtypes import torch
 
 _FP8_MAX, _FP8_FLOOR = 448.0, 1e-4
 _FP4_MAX, _FP4_FLOOR = 6.0, 6.0 * 2.0**-126
@@ -107,6 +105,9 @@ def quantise(x: torch.Tensor, fmt: RowFormat) -> tuple[torch.Tensor, torch.Tenso
     if fmt.codec == "plain":
         return x.to(fmt.dtype), x.new_empty((x.shape[0], 0), dtype=fmt.dtype)
     if fmt.codec == "e2m1":
+        # An op, which needs torch; formats and sizes do not.
+        from .hadamard import hadamard
+
         codes, scales = _encode_blocks(hadamard(x.float()), fmt)
         low, high = _e2m1_codes(codes).unflatten(-1, (-1, 2)).unbind(-1)
         return low | high << 4, scales

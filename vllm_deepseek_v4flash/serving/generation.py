@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoint.encoder import ENCODER as ENCODER
+from ..checkpoint.encoder import generation_of
 from .modes import Generation
-
-ENCODER = "encoding/encoding_dsv4.py"
-
-# A text of each encoder. 0731's contains both, so it comes first.
-_MARKERS = (("Beyond maximum", Generation.JULY), ("Absolute maximum", Generation.APRIL))
 
 
 def detect_generation(model: str, revision: str | None = None) -> tuple[Generation | None, str]:
@@ -26,10 +23,10 @@ def detect_generation(model: str, revision: str | None = None) -> tuple[Generati
     text = _read_encoder(model, revision)
     if text is None:
         return None, f"it has no {ENCODER}"
-    for marker, generation in _MARKERS:
-        if marker in text:
-            return generation, f'its {ENCODER} contains "{marker}"'
-    return None, f"its {ENCODER} contains none of the known texts"
+    found = generation_of(text)
+    if found is None:
+        return None, f"its {ENCODER} contains none of the known texts"
+    return Generation(found[0]), f'its {ENCODER} contains "{found[1]}"'
 
 
 def _read_encoder(model: str, revision: str | None) -> str | None:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
-
 from ...config import printable, shown
 from ...ops.packed_weight import QuantizationError, Scheme
+from ...ops.torch_or_dtypes import torch
 from ..headers import TensorHeader
 
 # Parameters of the router that share its prefix but are not part of its weight.

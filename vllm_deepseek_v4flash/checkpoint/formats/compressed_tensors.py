@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from ...ops.packed_weight import FP8_BLOCK, QuantizationError, Scheme
+from ...ops.torch_or_dtypes import torch
 from ..dtypes import DTYPES, header_of
 from ..headers import FLOAT_CODES, TensorHeader
 from . import floats

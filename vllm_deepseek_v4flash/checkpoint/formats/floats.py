@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from ...ops.packed_weight import E2M1_VALUES, FP4_GROUP, FP8_BLOCK, QuantizationError, Scheme
+from ...ops.torch_or_dtypes import torch
 from ..dtypes import DTYPES, header_of
 from ..headers import FLOAT_CODES, PLAIN_CODES, TensorHeader
 from .common import Leaf, check_bias, check_leaves, check_matrix, check_scales, either, weight_leaves

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...ops.packed_weight import Scheme
+from ...ops.torch_or_dtypes import torch
 from ..headers import TensorHeader
 
 

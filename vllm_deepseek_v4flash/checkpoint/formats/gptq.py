@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ...ops.packed_weight import Scheme
+from ...ops.torch_or_dtypes import torch
 from ..dtypes import DTYPES, header_of
 from ..headers import FLOAT_CODES, TensorHeader
 from . import awq, floats
