@@ -23,12 +23,12 @@ from testing.flash import FLASH_CONFIG
 from testing.ptxrun import cuda_kernels
 from testing.ptxrun.executable import Schedule
 from testing.ptxrun.profile import Profile, profile
-from testing.ptxrun.triton_kernels import MULTIPROCESSORS, Compiler, Run, compiler, dimensions, execute
+from testing.ptxrun.triton_kernels import Compiler, Run, compiler, device, dimensions, execute
 from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda_experts
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme
 from vllm_deepseek_v4flash.ops.torch import linear_fp32, merged_linear
-from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
+from vllm_deepseek_v4flash.ops.triton.launch import recorded
 
 from . import layer as layers
 from .layer import LayerKind, Point
@@ -127,8 +127,7 @@ class Tracer:
         def nothing(*launch: Any) -> None:
             pass
 
-        device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
-        with self._on_gpu(("triton",), lambda x: x, _product), recorded(device, nothing):
+        with self._on_gpu(("triton",), lambda x: x, _product), recorded(device(self.arch), nothing):
             step = layers.step_through(self.layers[kind], point)
             step()
             return min(timeit.repeat(step, number=1, repeat=repetitions)) * 1e6
@@ -202,9 +201,8 @@ class Tracer:
 
     @contextlib.contextmanager
     def _executed(self) -> Iterator[None]:
-        device = Device(MULTIPROCESSORS[self.arch], native_fp8=self.arch >= 89)
         with (
-            recorded(device, self._launch),
+            recorded(device(self.arch), self._launch),
             # Their blocks count each other, so that all run.
             cuda_kernels.executed(self.arch, schedule=lambda grid: WHOLE) as self.cuda_runs,
         ):
