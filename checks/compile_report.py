@@ -28,6 +28,14 @@ ARCHS = {
 }
 
 
+SPILLS = {
+    ("experts: down", 100): 8,
+    ("indexer_topk: score_shared", 120): 16,
+    ("sparse_attention: attend", 90): 32,
+}
+"""Bytes per thread that a kernel may spill on an architecture; docs/compatibility.md has the reasons."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """What one compiled kernel needs."""
@@ -52,12 +60,13 @@ class Row:
     """The version of Triton that compiled it; empty for nvcc."""
 
 
-def violations(usage: Usage, arch: int) -> list[str]:
+def violations(usage: Usage, arch: int, kernel: str = "") -> list[str]:
+    """The bounds of `arch` that `kernel` breaks."""
     allowed = ARCHS[arch].shared_kb * 1024
     broken = []
     if usage.shared > allowed:
         broken.append(f"needs {usage.shared} bytes of shared memory, there are {allowed}")
-    if usage.spilled:
+    if usage.spilled > SPILLS.get((kernel, arch), 0):
         broken.append(f"spills {usage.spilled} bytes per thread")
     return broken
 
@@ -131,7 +140,8 @@ def document(rows: Sequence[Row], archs: Sequence[int], common: bool) -> str:
 Written by `make compile-table` with Triton {" and ".join(versions)}, which compiles every kernel ahead of time at the
 shapes of DeepSeek-V4-Flash, {what}.
 A cell holds the registers of a thread and the shared memory of a program.{differ}
-The command fails if a kernel needs more shared memory than there is, or spills a register.
+The command fails if a kernel needs more shared memory than there is, or spills more registers than
+[compatibility.md](compatibility.md) lists.
 
 | | GPUs | shared memory | e4m3 |
 |---|---|---|---|

@@ -5,7 +5,7 @@
 
 The ops run on tensors without memory (`flash_cases.py`), and every launch that they make is specialised as Triton
 would at run time and compiled. Exits with 1, and says what and where, if a kernel does not compile, needs more shared
-memory than the GPU has, spills registers or has too large a grid.
+memory than the GPU has, spills registers that compile_report.SPILLS does not list, or has too large a grid.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def launches(cases: Iterable[Case], arch: int) -> list[Job]:
             if any(size > largest for size, largest in zip(grid, LARGEST_GRID, strict=False)):
                 job.broken.append(f"the grid {grid} of {case.axes} is larger than {LARGEST_GRID}")
 
-        with recorded(Device(traits.multiprocessors, traits.native_fp8), record):
+        with recorded(Device(traits.multiprocessors, traits.native_fp8, traits.shared_kb + 1), record):
             case.run()
     return list(jobs.values())
 
@@ -151,7 +151,7 @@ def triton_rows(cases: Sequence[Case], archs: Sequence[int]) -> list[Row]:
         if isinstance(usage, str):
             broken.append(usage)
         else:
-            broken += violations(usage, job.arch)
+            broken += violations(usage, job.arch, job.name)
         found = None if isinstance(usage, str) else usage
         rows.append(Row(job.name, label, job.arch, found, tuple(broken), triton.__version__))
     return rows

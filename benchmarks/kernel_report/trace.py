@@ -23,10 +23,10 @@ from testing.ptxrun import cuda_kernels
 from testing.ptxrun.executable import Memory, Schedule
 from testing.ptxrun.profile import Profile, profile
 from testing.ptxrun.triton_kernels import (
-    MULTIPROCESSORS,
     Compiled,
     Compiler,
     compiler,
+    device,
     dimensions,
     launch,
     pack,
@@ -38,7 +38,7 @@ from vllm_deepseek_v4flash.ops import dispatch
 from vllm_deepseek_v4flash.ops.cuda import packed_experts as cuda_experts
 from vllm_deepseek_v4flash.ops.packed_weight import Scheme
 from vllm_deepseek_v4flash.ops.torch import linear_fp32, merged_linear
-from vllm_deepseek_v4flash.ops.triton.launch import Device, Recorder, recorded
+from vllm_deepseek_v4flash.ops.triton.launch import Recorder, recorded
 
 from . import layer as layers
 from .layer import LayerKind, Point
@@ -107,7 +107,7 @@ class Tracer:
 
     def __init__(self, arch: int, ranks: int, scheme: Scheme, store: Store | None = None, check_every: int = 0) -> None:
         self.arch, self.ranks, self.scheme, self.check_every = arch, ranks, scheme, check_every
-        self.device = Device(MULTIPROCESSORS[arch], native_fp8=arch >= 89)
+        self.device = device(arch)
         self.compiler: Compiler = compiler(arch)
         self.store = Store() if store is None else store
         self.layers: dict[LayerKind, Any] = {}

@@ -27,6 +27,12 @@ from .executable import Executable, Memory, Result, Schedule
 from .parse import parse
 
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+
+
+def device(arch: int) -> Device:
+    """What a wrapper may choose by on `arch`."""
+    return Device(MULTIPROCESSORS[arch], native_fp8=arch >= 89, shared_kb=SHARED_KB[arch])
 
 
 @dataclass(frozen=True)
@@ -178,5 +184,5 @@ def executed(arch: int, *, instead: Compiler | None = None, schedule: Schedule |
             compiled, given = used.compile(kernel, args, options)
             runs.append(execute(kernel.fn.__name__, compiled, given, dimensions(grid), schedule))
 
-    with recorded(Device(MULTIPROCESSORS[arch], native_fp8=arch >= 89), run):
+    with recorded(device(arch), run):
         yield runs

@@ -167,6 +167,14 @@ def test_bounds(arch, kilobytes):
     assert len(violations(Usage(16, 0, 4), arch)) == 1
 
 
+def test_a_listed_spill_is_a_bound_for_its_kernel_and_architecture():
+    for (kernel, arch), spilled in compile_report.SPILLS.items():
+        assert violations(Usage(255, 0, spilled), arch, kernel) == []
+        assert len(violations(Usage(255, 0, spilled + 1), arch, kernel)) == 1
+        assert len(violations(Usage(255, 0, spilled), arch, "another")) == 1
+        assert len(violations(Usage(255, 0, spilled), 80, kernel)) == 1
+
+
 def test_a_cell_has_a_value_for_each_triton_where_they_differ(tmp_path):
     rows = [
         Row("a", "", 80, Usage(10, 1024, 0), (), "3.7.1"), Row("a", "", 80, Usage(12, 1024, 0), (), "3.8.0"),

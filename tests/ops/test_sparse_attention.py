@@ -440,7 +440,7 @@ def test_e4m3_instructions_read_what_bit_arithmetic_reads(implementation, device
     problem = Problem(rng, device, fmt=FORMATS["fp8"], lengths=[41], asked=[(0, 40)], ratio=4, dtype=torch.bfloat16)
     expected = problem.check(7)
     kernels = importlib.import_module("vllm_deepseek_v4flash.ops.triton.sparse_attention")
-    monkeypatch.setattr(kernels, "device_of", lambda tensor: Device(multiprocessors=4, native_fp8=True))
+    monkeypatch.setattr(kernels, "device_of", lambda tensor: Device(4, native_fp8=True, shared_kb=100))
     assert_exact(problem.run(7), expected)
 
 

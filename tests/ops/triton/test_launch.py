@@ -36,8 +36,8 @@ def test_an_empty_grid_starts_nothing(grid):
 def test_recorded_launches_do_not_run_and_need_no_memory(device):
     seen = []
     out, nothing = torch.zeros(2, dtype=torch.int32, device=device), torch.empty(2, device="meta")
-    with recorded(Device(132, True), lambda *launched: seen.append(launched)):
-        assert device_of(nothing) == Device(132, True)
+    with recorded(Device(132, True, 228), lambda *launched: seen.append(launched)):
+        assert device_of(nothing) == Device(132, True, 228)
         launch(_count, (2,), out)
         launch(_count, (0, 7), nothing, num_warps=2)
     assert [(kernel, grid, options) for kernel, grid, _, options in seen] == [
@@ -51,7 +51,7 @@ def test_recorded_launches_do_not_run_and_need_no_memory(device):
 
 def test_recording_ends_with_its_block_even_by_an_error(device):
     out = torch.zeros(1, dtype=torch.int32, device=device)
-    with pytest.raises(KeyError), recorded(Device(1, True), lambda *_: None):
+    with pytest.raises(KeyError), recorded(Device(1, True, 100), lambda *_: None):
         raise KeyError
     launch(_count, (1,), out)
     assert out.tolist() == [1]

@@ -20,6 +20,7 @@ BLOCK_N = 128
 """Entries of a tile, the same for every batch so that a score has the same bits in each."""
 BLOCK_T = 16
 """Tokens that use a tile while it is there, where requests have several; chunks are multiples."""
+_SINGLE_KB = 58  # of shared memory that a program of `_score_single` takes with 4-bit keys loaded ahead
 _TILE = 2048  # values that one program prepares
 _PROGRAMS = 8  # for each multiprocessor
 
@@ -145,12 +146,16 @@ def _score(
     groups = triton.cdiv(num_tokens, BLOCK_T) if shared else num_tokens
     device = device_of(scores)
     splits = min(triton.cdiv(max_entries, BLOCK_N), triton.cdiv(_PROGRAMS * device.multiprocessors, max(1, groups)))
+    # So that two programs share a multiprocessor, also where it has 100 KB of shared memory: there, tiles of 4-bit keys
+    # are not loaded ahead.
+    stages = 2 if shared or entries.format.codec == "plain" else 3
+    if not shared and entries.format.codec == "e2m1" and device.shared_kb < 2 * _SINGLE_KB:
+        stages = 1
     launch(
         _score_shared if shared else _score_single, (groups, splits),
         prepared, request, Strided(scores, scores.stride(0)), rows_of(entries), num_tokens, heads,
         PLAN=Scoring(topk, BLOCK_T, BLOCK_N, block_h), LAYOUT=layout_of(entries, device.native_fp8),
-        # So that two programs share a multiprocessor, also where it has 100 KB of shared memory.
-        num_warps=8, maxnreg=128, num_stages=2 if shared or entries.format.codec == "plain" else 3,
+        num_warps=8, maxnreg=128, num_stages=stages,
     )  # fmt: skip
 
 
@@ -232,28 +237,34 @@ def _score_shared(
     BLOCK_H: tl.constexpr = PLAN.block_h
     BLOCK_D: tl.constexpr = LAYOUT.block
     base, i = tl.program_id(0).to(tl.int64) * BLOCK_T, tl.arange(0, BLOCK_T)
-    inside = base + i < num_tokens
-    count = tl.load(prepared.counts + base + i, mask=inside, other=0)  # [BLOCK_T]
-    count = tl.where(count > PLAN.topk, count, 0)
-    requests = tl.load(request + base + i, mask=inside, other=-1).to(tl.int32)  # [BLOCK_T]
     start = tl.zeros((), tl.int32)
     while start < BLOCK_T:
+        requests = tl.load(request + base + i, mask=base + i < num_tokens, other=-1).to(tl.int32)  # [BLOCK_T]
         r = tl.sum(tl.where(i == start, requests, 0))
         stop = tl.min(tl.where((i > start) & (requests != r), i, BLOCK_T))
-        in_run = (i >= start) & (i < stop)
-        most = tl.max(tl.where(in_run, count, 0))
+        most = tl.max(_counts(prepared, base, i, start, stop, num_tokens, PLAN))
         for tile in tl.range(tl.program_id(1), tl.cdiv(most, BLOCK_N), tl.num_programs(1)):
             s = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             keys = _load_keys(entries, r, s, s < most, LAYOUT, BLOCK_N, prepared.queries.dtype.element_ty)
             # Later tokens see more. One that does not gets scores that are not read.
-            first = tl.min(tl.where(in_run & (count > tile * BLOCK_N), i, BLOCK_T))
-            for j in tl.range(first, stop):
+            count = _counts(prepared, base, i, start, stop, num_tokens, PLAN)
+            first = tl.min(tl.where(count > tile * BLOCK_N, i, BLOCK_T))
+            # What is hoisted, here or by loading all counts once, takes registers that the products need.
+            for j in tl.range(first, stop, disable_licm=True):
                 # scores[t, s] = ((keys[s] @ queries[t].T).relu() * factors[t]).sum(-1)
                 t = base + j
                 query, factor = _load_query(prepared, t, BLOCK_H, BLOCK_D)
                 score = _weigh(keys, query, factor)
                 tl.store(scores.data + t * scores.stride + s, score, mask=s < most)  # [BLOCK_N]
         start = stop
+
+
+@triton.jit
+def _counts(prepared: Prepared, base, i, start, stop, num_tokens, PLAN: tl.constexpr):
+    """How many entries each of the tokens start..stop-1 of base + i [BLOCK_T] scores; 0 if it takes them all."""
+    mask = (i >= start) & (i < stop) & (base + i < num_tokens)
+    count = tl.load(prepared.counts + base + i, mask=mask, other=0)  # [BLOCK_T]
+    return tl.where(count > PLAN.topk, count, 0)
 
 
 @triton.jit

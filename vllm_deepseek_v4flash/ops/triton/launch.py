@@ -20,6 +20,8 @@ class Device:
     """How many programs run at the same time, at least."""
     native_fp8: bool
     """Whether the device has instructions that convert e4m3 (SM89 and newer); older ones use bit arithmetic."""
+    shared_kb: int
+    """Of shared memory in a multiprocessor, for all its programs."""
 
 
 Pointer = Any
@@ -44,13 +46,14 @@ def device_of(tensor: torch.Tensor) -> Device:
     """The traits of the device that holds `tensor`; the interpreter's are those of a very small GPU."""
     if _recorded_device is not None:
         return _recorded_device
-    return _device(tensor.device) if tensor.is_cuda else Device(multiprocessors=4, native_fp8=False)
+    return _device(tensor.device) if tensor.is_cuda else Device(4, native_fp8=False, shared_kb=100)
 
 
 @functools.cache
 def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, (properties.major, properties.minor) >= (8, 9))
+    native_fp8 = (properties.major, properties.minor) >= (8, 9)
+    return Device(properties.multi_processor_count, native_fp8, properties.shared_memory_per_multiprocessor // 1024)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
