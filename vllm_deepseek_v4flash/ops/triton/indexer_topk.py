@@ -75,6 +75,8 @@ class Scoring(NamedTuple):
     block_t: int
     block_n: int
     block_h: int
+    hide: bool
+    """Whether Triton is not to see that keys have 4 bits."""
 
 
 def indexer_topk(
@@ -146,15 +148,17 @@ def _score(
     groups = triton.cdiv(num_tokens, BLOCK_T) if shared else num_tokens
     device = device_of(scores)
     splits = min(triton.cdiv(max_entries, BLOCK_N), triton.cdiv(_PROGRAMS * device.multiprocessors, max(1, groups)))
+    # GPUs with less shared memory than SM90 and SM100 multiply fragments of a warp instead of whole tiles.
+    hide = entries.format.codec == "e2m1" and device.shared_kb < 228
     # So that two programs share a multiprocessor, also where it has 100 KB of shared memory: there, tiles of 4-bit keys
     # are not loaded ahead.
     stages = 2 if shared or entries.format.codec == "plain" else 3
-    if not shared and entries.format.codec == "e2m1" and device.shared_kb < 2 * _SINGLE_KB:
+    if hide and not shared and device.shared_kb < 2 * _SINGLE_KB:
         stages = 1
     launch(
         _score_shared if shared else _score_single, (groups, splits),
         prepared, request, Strided(scores, scores.stride(0)), rows_of(entries), num_tokens, heads,
-        PLAN=Scoring(topk, BLOCK_T, BLOCK_N, block_h), LAYOUT=layout_of(entries, device.native_fp8),
+        PLAN=Scoring(topk, BLOCK_T, BLOCK_N, block_h, hide), LAYOUT=layout_of(entries, device.native_fp8),
         num_warps=8, maxnreg=128, num_stages=stages,
     )  # fmt: skip
 
@@ -217,7 +221,7 @@ def _score_single(
             query, factor = _load_query(prepared, t, BLOCK_H, BLOCK_D)
         for tile in tl.range(tl.program_id(1), tl.cdiv(count, BLOCK_N), tl.num_programs(1)):
             s = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _load_keys(entries, r, s, s < count, LAYOUT, BLOCK_N, prepared.queries.dtype.element_ty)
+            keys = _load_keys(entries, r, s, s < count, PLAN, LAYOUT, prepared.queries.dtype.element_ty)
             # scores[t, s] = ((keys[s] @ queries[t].T).relu() * factors[t]).sum(-1)
             if FP32:
                 score = _weigh_by_head(keys, prepared, t, heads, BLOCK_N, BLOCK_H, BLOCK_D)
@@ -245,7 +249,7 @@ def _score_shared(
         most = tl.max(_counts(prepared, base, i, start, stop, num_tokens, PLAN))
         for tile in tl.range(tl.program_id(1), tl.cdiv(most, BLOCK_N), tl.num_programs(1)):
             s = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _load_keys(entries, r, s, s < most, LAYOUT, BLOCK_N, prepared.queries.dtype.element_ty)
+            keys = _load_keys(entries, r, s, s < most, PLAN, LAYOUT, prepared.queries.dtype.element_ty)
             # Later tokens see more. One that does not gets scores that are not read.
             count = _counts(prepared, base, i, start, stop, num_tokens, PLAN)
             first = tl.min(tl.where(count > tile * BLOCK_N, i, BLOCK_T))
@@ -268,11 +272,17 @@ def _counts(prepared: Prepared, base, i, start, stop, num_tokens, PLAN: tl.const
 
 
 @triton.jit
-def _load_keys(entries: Rows, request, s, valid, LAYOUT: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
-    """Entries number `s` [N] of a request, [N, BLOCK_D] of DTYPE."""
+def _load_keys(entries: Rows, request, s, valid, PLAN: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+    """Entries number `s` [BLOCK_N] of a request, [BLOCK_N, BLOCK_D] of DTYPE."""
     ROWS: tl.constexpr = LAYOUT.rows
+    N: tl.constexpr = PLAN.block_n
     page, row = locate(entries, request, s, valid, ROWS)
-    return load_rows(entries, page, row, valid, LAYOUT, N, DTYPE)
+    keys = load_rows(entries, page, row, valid, LAYOUT, N, DTYPE)
+    if PLAN.hide:
+        # A sum of one value each. For what has 4 bits Triton chooses fragments that take three moves for each matrix
+        # instruction, and more registers than there are.
+        keys = tl.sum(keys.to(tl.float32).reshape(N, LAYOUT.block, 1), axis=2).to(DTYPE)
+    return keys
 
 
 @triton.jit

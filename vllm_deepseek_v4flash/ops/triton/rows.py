@@ -112,9 +112,7 @@ def load_rows(cache: Rows, page, row, valid, LAYOUT: tl.constexpr, N: tl.constex
             mask = valid[:, None, None] & (byte < LAYOUT.data)
             both = tl.load(data + byte, mask=mask, other=0)  # [N, GROUPS, SHARE // 2]
             values = tl.join(decode_e2m1(both & 15), decode_e2m1(both >> 4)).reshape(N, GROUPS, SHARE)
-            # A sum of one value each hides from Triton that they had 4 bits, for which it would choose an operand
-            # layout that takes three moves for each matrix instruction, and more registers than there are.
-            values = tl.sum((values * scale).reshape(N, GROUPS, SHARE, 1), axis=3).to(DTYPE)
+            values = (values * scale).to(DTYPE)
         else:
             d = g[:, :, None] * SHARE + tl.arange(0, SHARE)[None, None, :]
             mask = valid[:, None, None] & (d < LAYOUT.quantised)
