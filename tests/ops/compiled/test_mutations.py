@@ -56,8 +56,11 @@ def left_out(case, kernel, opcode, most=None):
     with triton_kernels.executed(SM_80) as runs:
         case.compute()
     (ptx,) = {run.ptx for run in runs if run.kernel == kernel}
+    start, end = (re.search(text, ptx) for text in (r"cp\.async\.c[ag]", r"cp\.async\.wait_group"))
     found = []
-    for number in range(len(instructions(ptx, opcode)[:most])):
+    for number, place in enumerate(instructions(ptx, opcode)[:most]):
+        if opcode == "bar.sync" and start and end and start.start() < place.start() < end.start():
+            continue  # Triton's, between the pipeline's first copies, which go to different pieces
 
         def change(name, text, number=number):
             return without(text, opcode, number) if name == kernel else text
@@ -129,6 +132,8 @@ UNNOTICED = {
     ("_score_shared", "sums in bf16"): "The case's sums are whole numbers that bf16 holds.",
     ("_score_shared", "one too few"): FITS,
     ("_select", "matrices from the next row of 16 bytes"): "The case does not execute them.",
+    ("_linear", "one too few"): "The ring of copies has one piece less, which still holds all that are under way.",
+    ("_qnorm_rope_kv_insert", "one too few"): "What is compared with 447 are multiples of 8.",
     ("_sum", "loads without their masks"): FITS,
     ("_sum", "stores without their masks"): FITS,
     ("_sum", "one too many"): FITS,
