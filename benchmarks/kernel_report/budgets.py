@@ -17,7 +17,7 @@ POINT, ARCH, RANKS = Point(8, 1 << 13), 80, 2
 """Eight requests at 8k on two A100s."""
 LAUNCHES = {LayerKind.WINDOW: 23, LayerKind.CSA: 30, LayerKind.HCA: 24}
 """Of a layer, without all-reduces."""
-INSTRUCTIONS = {"packed_experts": 2.6, "packed_linear": 8.5}
+INSTRUCTIONS = {"packed_experts": 2.6, "packed_linear": 8.5, "sparse_attention": 1920, "indexer_topk": 4220}
 """Of threads for each int4 weight, pair of a head and a key, and index entry."""
 CALLS = {LayerKind.WINDOW: 1900, LayerKind.CSA: 2550, LayerKind.HCA: 2000}
 """Of Python functions, and of C functions from Python, that start a layer's launches: what a step without CUDA graphs
@@ -25,7 +25,7 @@ costs the host, in units that do not depend on the machine. Python 3.11 to 3.13 
 in a hundred, for which there is room; microseconds would be the machine's load."""
 VARIANTS = 38
 """Kernels that Triton compiles during the first requests (`variants.py`), a second or more each."""
-WASTED = {"gate_up": 0.01, "down": 0.01, "_linear": 0.56}
+WASTED = {"gate_up": 0.01, "down": 0.01, "_linear": 0.56, "_attend": 0.19, "_mix_streams": 0.01, "_score_single": 0.01}
 """The part of the bytes moved from global memory that no thread asked for, by kernel."""
 
 

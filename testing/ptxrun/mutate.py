@@ -12,6 +12,7 @@ import importlib.util
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -98,7 +99,7 @@ def without(ptx: str, opcode: str, number: int) -> str:
     return ptx[: left_out.start()] + ptx[left_out.end() :]
 
 
-ALTERATIONS = {
+ALTERATIONS: dict[str, tuple[str, str | Callable[[re.Match[str]], str]]] = {
     "barriers left out": (r"bar\.sync[^;]*;", ""),
     "waits left out": (r"cp\.async\.wait_group[^;]*;", ""),
     "loads without their masks": (r"@!?%p\d+ (ld\.global)", r"\1"),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ UNNOTICED = {
 """Alterations that change no result, or too little."""
 LEAST = 10
 """Alterations of a family that are noticed."""
-FAMILIES = {
+FAMILIES: dict[str, list[Callable[[torch.Generator], cases.Case]]] = {
     "norm and router": [cases.rms_norm, cases.route],
     "mHC": [cases.mhc_pre],
     "attention": [cases.sparse_attention],
@@ -176,7 +177,7 @@ def altered_kernels(case):
 )
 def test_alterations(rng, family):
     """Waits, barriers and masks left out, wrong swizzles, fragments, lanes, comparisons, accumulators in bf16..."""
-    found = {}
+    found: dict[tuple[str, str], bool] = {}
     for case in FAMILIES[family]:
         found |= altered_kernels(case(rng))
     assert {key for key, noticed in found.items() if not noticed} == UNNOTICED.keys() & found.keys()
