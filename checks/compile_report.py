@@ -30,7 +30,7 @@ ARCHS = {
 
 SPILLS = {
     ("experts: down", 100): 8,
-    ("indexer_topk: score_shared", 80): 8,
+    ("indexer_topk: score_shared", 80): 16,
     ("indexer_topk: score_shared", 120): 16,
     ("sparse_attention: attend", 90): 32,
 }
