@@ -12,10 +12,9 @@ from benchmarks.attention.streams import mhc_head_case, mhc_post_pre_case, route
 from benchmarks.attention.writes import compress_case, insert_case
 from benchmarks.flash_cases import INNER
 from benchmarks.roofline import Bench
+from testing.ops.compiled import CASES
 from testing.ptxrun.executable import Schedule
 from testing.ptxrun.verify import unexpected
-
-from .test_triton import CASES
 
 SIZES = dataclasses.replace(inputs.FLASH, contexts=(1 << 13,), ranks=(1,))
 FEW_EXPERTS = dataclasses.replace(moe.FLASH, experts=16)
