@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     options.write.write_text(text)
     for suffix, title, prefill in (
         (".svg", "A decoding step, int4 weights, ms: an estimate (*: does not fit into memory)", False),
-        ("-prefill.svg", "A prompt, int4 weights, ms: an estimate", True),
+        ("-prefill.svg", "A prompt, int4 weights, ms: an estimate (*: does not fit into memory)", True),
     ):
         rows = [
             (

@@ -216,12 +216,15 @@ def _kernel(machine: Machine, call: Call, launch: Profile) -> list[str]:
 
 
 def _worst(traced: Sequence[Traced]) -> str:
-    lines: dict[str, None] = {}
+    """Each place once, as the first step has it."""
+    lines: dict[tuple[int, str, str], str] = {}
     for each in traced:
         arch = each.machine.gpu.arch
         for _, launch in each.profiles():
-            lines |= {f"- sm_{arch}, {launch.kernel.lstrip('_')}: {text}": None for text in launch.worst}
-    return "\n".join(lines) + "\n"
+            for text in launch.worst:
+                line = f"- sm_{arch}, {launch.kernel.lstrip('_')}: {text}"
+                lines.setdefault((arch, launch.kernel, text.partition(": ")[2]), line)
+    return "\n".join(lines.values()) + "\n"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -215,22 +215,22 @@ def packed_experts(rng: torch.Generator, name: str = "int4-g32") -> Case:
 
 
 SM_80, SM_90 = 80, 90
-CASES: dict[str, tuple[Callable[..., Case], tuple[int, ...]]] = {
-    "rms_norm, width 512": (rms_norm, (SM_80, SM_90)),
-    "rms_norm, width 1024": (partial(rms_norm, width=1024), (SM_80, SM_90)),
-    "rms_norm, width 4096": (partial(rms_norm, width=4096), (SM_80, SM_90)),
-    "route": (route, (SM_80, SM_90)),
-    "mhc_pre": (mhc_pre, (SM_80,)),
-    "mhc_post": (mhc_post, ()),
-    "swiglu": (swiglu, (SM_80,)),
-    "rope_table": (rope_table, (SM_80,)),
-    "sparse_attention, fp8 rows": (sparse_attention, (SM_80, SM_90)),
-    "indexer_topk, fp8 keys": (indexer_topk, (SM_80,)),
-    "packed_experts, int4": (packed_experts, (SM_80,)),
-    "packed_experts, fp4": (partial(packed_experts, name="fp4"), (SM_90,)),
-    "packed_linear, int4": (packed_linear, (SM_80,)),
-    "packed_linear, int4, 70 tokens": (partial(packed_linear, tokens=70), ()),
-    "packed_linear, fp4": (partial(packed_linear, name="fp4"), ()),
-    "fused_experts": (fused_experts, ()),
+CASES: dict[str, tuple[Any, ...]] = {
+    "rms_norm, width 512": (rms_norm, SM_80, SM_90),
+    "rms_norm, width 1024": (partial(rms_norm, width=1024), SM_80, SM_90),
+    "rms_norm, width 4096": (partial(rms_norm, width=4096), SM_80, SM_90),
+    "route": (route, SM_80, SM_90),
+    "mhc_pre": (mhc_pre, SM_80),
+    "mhc_post": (mhc_post,),
+    "swiglu": (swiglu, SM_80),
+    "rope_table": (rope_table, SM_80),
+    "sparse_attention, fp8 rows": (sparse_attention, SM_80, SM_90),
+    "indexer_topk, fp8 keys": (indexer_topk, SM_80),
+    "packed_experts, int4": (packed_experts, SM_80),
+    "packed_experts, fp4": (partial(packed_experts, name="fp4"), SM_90),
+    "packed_linear, int4": (packed_linear, SM_80),
+    "packed_linear, int4, 70 tokens": (partial(packed_linear, tokens=70),),
+    "packed_linear, fp4": (partial(packed_linear, name="fp4"),),
+    "fused_experts": (fused_experts,),
 }
 """What is computed, and for which architectures in the ordinary run."""

@@ -12,7 +12,7 @@ from benchmarks.attention.streams import mhc_head_case, mhc_post_pre_case, route
 from benchmarks.attention.writes import compress_case, insert_case
 from benchmarks.flash_cases import INNER
 from benchmarks.roofline import Bench
-from testing.ops.compiled import CASES
+from testing.ops import compiled
 from testing.ptxrun.executable import Schedule
 from testing.ptxrun.verify import unexpected
 
@@ -62,7 +62,7 @@ def benchmark_cases():
 
 
 def test_every_op_is_executed_as_compiled():
-    executed = {op_of(case) for case in benchmark_cases()} | {name.partition(",")[0] for name in CASES}
+    executed = {op_of(case) for case in benchmark_cases()} | {name.partition(",")[0] for name in compiled.CASES}
     assert {case.op for case in flash_cases.CASES} <= executed
 
 

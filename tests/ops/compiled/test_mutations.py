@@ -241,6 +241,7 @@ CUDA_MISTAKES = {
 
 UNNOTICED_IN_CUDA = {
     "none": "It is no mistake.",
+    "an accumulator in bf16": "The bound is the worst case of 8,192 fp32 roundings; a segment has 32 sums.",
     "no fence": "The executor runs one block after another: memory order between blocks is not modelled.",
 }
 ORDINARY = ("one wait too few", "no sync_warp between scales and products")  # nvcc takes some seconds for each

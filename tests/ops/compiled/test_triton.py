@@ -2,7 +2,7 @@
 
 import pytest
 
-from testing.ops.compiled import CASES, SM_80, SM_90
+from testing.ops import compiled as cases
 from testing.ptxrun.verify import verified
 
 SLOW = pytest.mark.slow
@@ -12,8 +12,8 @@ SLOW = pytest.mark.slow
     ("execute", "case"),
     [
         pytest.param(arch, case, id=f"sm_{arch}-{name}", marks=() if arch in ordinary else SLOW)
-        for name, (case, ordinary) in CASES.items()
-        for arch in (SM_80, SM_90)
+        for name, (case, *ordinary) in cases.CASES.items()
+        for arch in (80, 90)
     ],
     indirect=["execute"],
 )
