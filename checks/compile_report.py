@@ -12,19 +12,18 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Arch:
     gpus: str
-    multiprocessors: int
     shared_kb: int
     """What one program may have, at most."""
     native_fp8: bool
 
 
 ARCHS = {
-    80: Arch("A100", 108, 163, False),
-    86: Arch("RTX 3090", 82, 99, False),
-    89: Arch("RTX 4090, L40", 128, 99, True),
-    90: Arch("H100, H200", 132, 227, True),
-    100: Arch("B200", 148, 227, True),
-    120: Arch("RTX 5090", 170, 99, True),
+    80: Arch("A100", 163, False),
+    86: Arch("RTX 3090", 99, False),
+    89: Arch("RTX 4090, L40", 99, True),
+    90: Arch("H100, H200", 227, True),
+    100: Arch("B200", 227, True),
+    120: Arch("RTX 5090", 99, True),
 }
 
 

@@ -11,7 +11,6 @@ memory than the GPU has, spills registers that compile_report.SPILLS does not li
 from __future__ import annotations
 
 import argparse
-import functools
 import multiprocessing
 import os
 import re
@@ -27,13 +26,13 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.compiler import ASTSource
 
 import vllm_deepseek_v4flash.ops as ops
 from benchmarks.flash_cases import CASES, Case
+from testing.ptxrun.triton_kernels import compiler, device
 from vllm_deepseek_v4flash.ops import dispatch
-from vllm_deepseek_v4flash.ops.triton.launch import Device, recorded
+from vllm_deepseek_v4flash.ops.triton.launch import recorded
 
 from . import cuda_usage
 from .compile_report import ARCHS, Row, Usage, as_table, document, read_rows, violations, write_rows
@@ -59,20 +58,14 @@ class Job:
 
 def launches(cases: Iterable[Case], arch: int) -> list[Job]:
     """Every distinct kernel that the cases start on `arch`."""
-    traits, backend = ARCHS[arch], make_backend(GPUTarget("cuda", arch, 32))
     jobs: dict[tuple[str, str], Job] = {}
-    binder = functools.cache(lambda kernel: create_function_from_signature(kernel.signature, kernel.params, backend))
     for case in cases:
 
         def record(
             kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], case: Case = case
         ) -> None:
-            bound, specialization, rest = binder(kernel)(*args, **options)
-            compiled, signature, constants, attributes = kernel._pack_args(
-                backend, options, bound, specialization, rest
-            )
-            source = ASTSource(kernel, signature, constants, attributes)
-            named = _named(kernel, bound, constants)
+            source, compiled, bound = compiler(arch).specialised(kernel, args, options)
+            named = _named(kernel, bound, source.constants)
             key = (source.hash(), compiled.hash())
             job = jobs.setdefault(key, Job(_name(kernel), arch, source, compiled, named))
             if case not in job.cases:
@@ -80,7 +73,7 @@ def launches(cases: Iterable[Case], arch: int) -> list[Job]:
             if any(size > largest for size, largest in zip(grid, LARGEST_GRID, strict=False)):
                 job.broken.append(f"the grid {grid} of {case.axes} is larger than {LARGEST_GRID}")
 
-        with recorded(Device(traits.multiprocessors, traits.native_fp8, traits.shared_kb + 1), record):
+        with recorded(device(arch), record):
             case.run()
     return list(jobs.values())
 

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from testing.ptxrun.cuda_kernels import shared_bytes
+
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = tuple(sorted(CSRC.glob("*.cu")))
 FORMATS = ("int4", "int4 zeros", "int4 narrow", "int4 narrow zeros", "fp4")  # csrc/weights.cuh's, by their numbers
@@ -63,15 +65,6 @@ def _read(source: str, listing: str) -> Iterator[Compiled]:
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
         if name is None or registers is None or spills is None:
             raise RuntimeError(f"ptxas reported something else than expected: {entry!r}")
-        shared = _shared_bytes(STRUCTURES.get(name[1], "Shared"))
+        shared = shared_bytes(CSRC, STRUCTURES.get(name[1], "Shared"))
         weight = FORMATS[int(name[2])] if name[2] else "any"
         yield Compiled(source, name[1], weight, int(registers[1]), shared, int(spills[1]) + int(spills[2]))
-
-
-def _shared_bytes(structure: str) -> int:
-    """The dynamic shared memory that a kernel is launched with, which the sources state themselves."""
-    for path in sorted(CSRC.glob("*.cu*")):
-        stated = re.search(rf"static_assert\(sizeof\({structure}\) == (\d+)\)", path.read_text())
-        if stated is not None:
-            return int(stated[1])
-    raise RuntimeError(f"csrc/ does not assert the size of {structure}")

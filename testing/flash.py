@@ -57,6 +57,9 @@ FLASH: dict[str, Any] = {
     "eos_token_id": 1,
     "expert_dtype": "fp4",
 }
+SMALL = {**FLASH, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1,
+         "n_routed_experts": 8}  # fmt: skip
+"""Flash with fewer layers and experts: one of each kind, and all of its sizes."""
 FLASH_CONFIG = DeepseekV4Config.from_dict(FLASH)
 NATIVE_QUANTIZATION: dict[str, Any] = {
     "activation_scheme": "dynamic",

@@ -72,7 +72,7 @@ def kernels(wheel: Path) -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         if LIBRARY not in archive.namelist():
-            raise ValueError(f"--wheel={wheel}: holds no {LIBRARY}. Pass a CUDA wheel of vLLM 0.33.0.")
+            raise ValueError(f"--marlin={wheel}: holds no {LIBRARY}. Pass a CUDA wheel of vLLM 0.33.0.")
         archive.extract(LIBRARY, folder)
         tool = str(machine_code.TOOLS / "cuobjdump")
         subprocess.run([tool, "-xptx", "all", str(Path(folder) / LIBRARY)], cwd=folder, check=True, capture_output=True)
@@ -85,7 +85,7 @@ def kernels(wheel: Path) -> dict[str, str]:
             for entry in (entry for entry in entries if f"{types}{shape.name}" in entry.partition("(")[0]):
                 found[shape.name] = f"{head}.visible .entry {entry}"
     if len(found) < len(SHAPES):
-        raise ValueError(f"--wheel={wheel}: lacks Marlin's kernels for int4 in bf16. Pass a wheel of vLLM 0.33.0.")
+        raise ValueError(f"--marlin={wheel}: lacks Marlin's kernels for int4 in bf16. Pass a wheel of vLLM 0.33.0.")
     return found
 
 

@@ -61,13 +61,17 @@ def _executables(arch: int, source: Path) -> dict[tuple[str, int | None], Execut
     return found
 
 
-def _shared(source: Path, structure: str) -> int:
-    """The size that a source file next to `source` asserts of its shared memory."""
-    for path in sorted(source.parent.glob("*.cu*")):
+def shared_bytes(folder: Path, structure: str) -> int:
+    """The size of a kernel's dynamic shared memory, `structure`, which the sources in `folder` assert.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    for path in sorted(folder.glob("*.cu*")):
         stated = re.search(rf"static_assert\(sizeof\({structure}\) == (\d+)\)", path.read_text())
         if stated is not None:
             return int(stated[1])
-    raise AssertionError(f"{source.parent} does not assert the size of {structure}")
+    raise RuntimeError(f"{folder} does not assert the size of {structure}")
 
 
 def _resident(arch: int, shared: int) -> int:
@@ -92,7 +96,7 @@ class _Library:
 
     def __init__(self, arch: int, source: Path, launch: Launcher) -> None:
         self.arch, self.source, self.launch = arch, source, launch
-        self.shared = {name: _shared(source, name) for name in ("Shared", "PrepareShared")}
+        self.shared = {name: shared_bytes(source.parent, name) for name in ("Shared", "PrepareShared")}
 
     def deepseek_v4flash_experts(
         self, format13: int, format2: int, w13: Any, w2: Any, routing: Any, buffers: Any, limit: float, stream: Any

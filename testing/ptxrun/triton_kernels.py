@@ -72,7 +72,7 @@ class Compiler:
 
     def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Compiled, list[Any]]:
         """The kernel, and those of its arguments that are not compiled in, tuples flattened."""
-        source, chosen, bound = self._specialised(kernel, args, options)
+        source, chosen, bound = self.specialised(kernel, args, options)
         key = (source.hash(), chosen.hash())
         if key not in self.compiled:
             made = triton.compile(source, target=self.target, options=vars(chosen))
@@ -90,10 +90,10 @@ class Compiler:
 
     def variant(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, str]:
         """The specialisation that a launch needs: where it is not yet there, Triton compiles."""
-        source, chosen, _ = self._specialised(kernel, args, options)
+        source, chosen, _ = self.specialised(kernel, args, options)
         return source.hash(), chosen.hash()
 
-    def _specialised(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    def specialised(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any, Any]:
         """What Triton would compile, by which options, and all arguments by name."""
         bound, specialization, rest = self.binder(kernel)(*args, **options)
         chosen, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, rest)

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from testing.flash import FLASH, GPTQ_QUANTIZATION, NATIVE_QUANTIZATION, gptq, native, write_checkpoint
+from testing.flash import FLASH, GPTQ_QUANTIZATION, NATIVE_QUANTIZATION, SMALL, gptq, native, write_checkpoint
 from vllm_deepseek_v4flash import __version__
 from vllm_deepseek_v4flash.inspect.cli import main, parse_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = {**FLASH, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1,
-         "n_routed_experts": 8}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

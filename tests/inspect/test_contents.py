@@ -17,6 +17,7 @@ from testing.flash import (
     GPTQ_QUANTIZATION,
     NATIVE_QUANTIZATION,
     PACKED_QUANTIZATION,
+    SMALL,
     Declared,
     gptq,
     mtp,
@@ -33,9 +34,6 @@ from vllm_deepseek_v4flash.inspect.contents import Report, inspect_checkpoint, m
 from vllm_deepseek_v4flash.kv_cache.formats import CacheFormats
 
 GIB = 1 << 30
-# Flash with fewer layers and experts: one of each kind, and all of its sizes.
-SMALL = {**FLASH, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1,
-         "n_routed_experts": 8}  # fmt: skip
 W1 = "layers.1.ffn.experts.3.w1"
 
 

@@ -16,10 +16,10 @@ import pytest
 from huggingface_hub import constants
 
 from testing.flash import (
-    FLASH,
     GPTQ_QUANTIZATION,
     NATIVE_QUANTIZATION,
     PACKED_QUANTIZATION,
+    SMALL,
     Declared,
     gptq,
     mtp,
@@ -34,8 +34,6 @@ from vllm_deepseek_v4flash.inspect.cli import main
 from vllm_deepseek_v4flash.inspect.contents import Report, inspect_checkpoint
 from vllm_deepseek_v4flash.serving.modes import Generation
 
-SMALL = {**FLASH, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1,
-         "n_routed_experts": 8}  # fmt: skip
 REPOSITORY = "someone/DeepSeek-V4-Flash-Int4"
 
 

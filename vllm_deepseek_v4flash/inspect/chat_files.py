@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.encoder import ENCODER, generation_of
@@ -22,7 +22,7 @@ class ChatFiles:
     """What generation_config.json sets; None where there is none."""
     generation: str | None
     """Of the weights, by the encoder that the checkpoint ships: "april" or "0731"; None where it tells neither."""
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people, a line for each file."""

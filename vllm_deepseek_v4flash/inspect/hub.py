@@ -47,13 +47,13 @@ class HubFiles:
         try:
             import huggingface_hub
             from huggingface_hub import constants
-            from huggingface_hub.utils import http_stream_backoff as http_stream_backoff
+            from huggingface_hub.utils import http_stream_backoff
         except ImportError as error:
             raise CheckpointError(
                 f"{repository}: is not a directory here, and to read it from the Hugging Face hub takes "
                 f"huggingface_hub 1.0 or later. Run `pip install -U huggingface_hub`, or pass a directory."
             ) from error
-        self._hub = huggingface_hub
+        self._hub, self._stream = huggingface_hub, http_stream_backoff
         self.repository, self.where = repository, repository
         self.snapshot: Path | None = None
         self.names: frozenset[str] = frozenset()
@@ -94,11 +94,11 @@ class HubFiles:
 
     def _range(self, name: str, begin: int, end: int) -> tuple[int, bytes]:
         """The size of a file, and its bytes from `begin` to `end` or to where it ends."""
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = self._hub.hf_hub_url(self.repository, name, revision=self._commit)
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as response:
+        with self._stream("GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as response:
             if response.status_code == _UNSATISFIABLE and begin == 0:
                 return 0, b""
             hf_raise_for_status(response)
